@@ -1,0 +1,518 @@
+"""
+NNCF 3: quantizer placement, freezing to NNCF's own quantizers, saving and loading.
+
+The only module that uses NNCF 3's internals; :data:`PRIVATE_NAMES` lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fnmatch
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nncf
+import torch
+from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+from nncf.torch.quantization.default_quantization import DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT, QuantizationTrait
+from nncf.torch.quantization.layers import PTQuantizerSpec, QuantizationMode, SymmetricQuantizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nncf_mpq_plugin.adapters.plan import (
+    ADD,
+    CONCAT,
+    FLOAT,
+    OTHER,
+    TRANSPARENT,
+    WEIGHTED,
+    Op,
+    Plan,
+    Position,
+    make_plan,
+)
+from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
+from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel
+from nncf_mpq_plugin.quantizer import MultiBitQuantizer
+from nncf_mpq_plugin.types import LayerBits, LayerCost, read_json, write_json
+
+# NNCF compiles a CPU extension on first use and gives up after 60 s, which a busy machine exceeds
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")
+
+PRIVATE_NAMES = (
+    "nncf.torch.function_hook.get_hook_storage",
+    "nncf.torch.function_hook.hook_storage.HookStorage.named_hooks",
+    "nncf.torch.function_hook.hook_storage.HookStorage.delete_hook",
+    "nncf.torch.function_hook.hook_storage.HookStorage.insert_hook_by_name",
+    "nncf.torch.function_hook.hook_storage.decode_hook_name",
+    "nncf.torch.function_hook.nncf_graph.nncf_graph_builder.build_nncf_graph",
+    "nncf.torch.quantization.default_quantization.DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT",
+    "nncf.torch.quantization.layers.PTQuantizerSpec",
+    "nncf.torch.quantization.layers.SymmetricQuantizer",
+)
+
+WEIGHTED_FUNCTIONS = ("conv1d", "conv2d", "conv3d", "linear")
+ADD_FUNCTIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
+FLOAT_FUNCTIONS = (
+    "layer_norm",
+    "group_norm",
+    "instance_norm",
+    "scaled_dot_product_attention",
+    "matmul",
+    "bmm",
+    "softmax",
+)
+SMALLEST_GAMMA = 1e-4
+
+_TRANSPARENT = frozenset(DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.QUANTIZATION_AGNOSTIC])
+_CONCAT = frozenset(DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.CONCAT])
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """
+    Where a weighted layer lives in the model.
+
+    :param op: NNCF's name of the operation.
+    :param weight: name of the weight parameter.
+    :param bias: name of the bias parameter, if any.
+    :param batch_norm: name of the batch norm module that alone reads the layer's output, if any.
+    """
+
+    op: str
+    weight: str
+    bias: str | None
+    batch_norm: str | None
+
+
+@dataclass(frozen=True)
+class NNCFQuantizedModel(QuantizedModel):
+    """
+    A :class:`QuantizedModel` in NNCF's hook storage.
+
+    :param sites: layer name -> where it lives.
+    :param plan: positions of the activation quantizers.
+    """
+
+    sites: Mapping[str, LayerSite] = None  # type: ignore[assignment]
+    plan: Plan = None  # type: ignore[assignment]
+
+
+def place(
+    model: nn.Module,
+    example_input: Tensor,
+    calibration: Sequence[Tensor],
+    *,
+    bits: Sequence[int],
+    fixed_bits: Mapping[str, int] | None = None,
+    ignored_scopes: Sequence[str] = (),
+    target: str = "openvino",
+) -> NNCFQuantizedModel:
+    """
+    Put multi-bit quantizers into a copy of ``model`` and initialise their scales.
+
+    :param model: a floating-point model; it is not changed.
+    :param example_input: one batch, ``[N, ...]``, for tracing and for counting MACs.
+    :param calibration: batches that activation statistics come from.
+    :param bits: candidate bit widths.
+    :param fixed_bits: ``first``, ``last`` or a layer name pattern (``*`` and ``?``) -> bit width of layers that are
+        not searched. Default: first and last at 8 bits.
+    :param ignored_scopes: layer names, name patterns, or NNCF's ``{re}...`` regular expressions of operation names,
+        to be kept in floating point.
+    :param target: ``openvino`` or ``onnxruntime``.
+    :return: the quantized copy, in evaluation mode.
+    :raises UnsupportedModelError: if NNCF cannot trace the model, or finds nothing to quantize in it.
+    :raises InputError: if a pattern in ``fixed_bits`` fits no layer.
+    """
+    fixed_bits = {"first": 8, "last": 8} if fixed_bits is None else fixed_bits
+    quantized = _quantize_by_nncf(model, calibration, ignored_scopes)
+    signs, weight_hooks = _take_out_quantizers(quantized)
+    graph = build_nncf_graph(quantized, example_input)
+    ops, sites, costs = _read_graph(graph, quantized, weight_hooks, example_input.shape[0])
+    if not costs:
+        msg = "NNCF finds no layer to quantize in the model (convolution or linear with a weight), or all are ignored."
+        raise UnsupportedModelError(msg)
+    fixed = _resolve_fixed(list(costs), fixed_bits)
+    plan = make_plan(ops, signs, {sites[name].op: width for name, width in fixed.items()}, target)
+
+    storage = get_hook_storage(quantized)
+    name_of = {site.op: name for name, site in sites.items()}
+    by_position: dict[Position, MultiBitQuantizer] = {}
+    for tensor in plan.stored:
+        by_position[tensor.position] = MultiBitQuantizer((8,), signed=tensor.signed)
+        storage.insert_hook_by_name(_hook_name(tensor.position), by_position[tensor.position])
+    stored = {_hook_name(tensor.position): by_position[tensor.position] for tensor in plan.stored}
+    activations: dict[str, MultiBitQuantizer] = {}
+    layers: dict[str, PlacedLayer] = {}
+    for reader in plan.readers:
+        group = name_of[reader.layers[0]]
+        behind = by_position[reader.stored] if reader.stored else None
+        if not reader.positions:
+            assert behind is not None
+            activations[group] = behind
+        else:
+            quantizer = MultiBitQuantizer(bits if reader.bits is None else (reader.bits,), signed=reader.signed)
+            quantizer.behind = behind
+            for position in reader.positions:
+                storage.insert_hook_by_name(_hook_name(position), quantizer)
+            activations[group] = quantizer
+        for op in reader.layers:
+            name = name_of[op]
+            cost = LayerCost(name, *costs[name], activation_group=group)
+            layers[name] = PlacedLayer(cost, LayerBits(fixed[name], fixed[name]) if name in fixed else None)
+    weights: dict[str, MultiBitQuantizer] = {}
+    for name in [name for name in costs if name in layers]:
+        candidates = (fixed[name],) if name in fixed else bits
+        weights[name] = MultiBitQuantizer(candidates, signed=True, half_range=True, weight=True)
+        storage.insert_hook_by_name(weight_hooks[sites[name].op], weights[name])
+    if not any(layer.fixed is None for layer in layers.values()):
+        msg = (
+            "The model has no layer whose bit widths could be searched: NNCF quantizes "
+            f"{len(layers)} layers, and fixed_bits or ignored_scopes cover all of them."
+        )
+        raise UnsupportedModelError(msg)
+    positive = _make_gammas_positive(quantized, [sites[name] for name in weights])
+    result = NNCFQuantizedModel(
+        quantized,
+        tuple(layers[name] for name in costs if name in layers),
+        weights,
+        activations,
+        stored,
+        positive=positive,
+        sites={name: sites[name] for name in weights},
+        plan=plan,
+    )
+    _calibrate(result, calibration)
+    return result
+
+
+def freeze(quantized: NNCFQuantizedModel) -> nn.Module:
+    """
+    Make the deployable model: NNCF's own quantizers at the active bit widths, with the trained scales.
+
+    Batch norm behind a layer is folded into the layer's weights, weight scales and bias; weights lie on their grid and
+    biases on the accumulator's (multiples of weight step x input step), as integer kernels compute. The batch norm
+    modules stay, as identities that carry the bias, so that the names in the state dict are the original model's.
+
+    :param quantized: a fine-tuned model; it is not changed.
+    :return: a copy in evaluation mode; the outputs equal ``quantized``'s but for the rounding of the biases.
+    """
+    quantized = copy.deepcopy(quantized)
+    model = quantized.model.eval()
+    storage = get_hook_storage(model)
+    with torch.no_grad():
+        for layer in quantized.layers:
+            site = quantized.sites[layer.cost.name]
+            weight = model.get_parameter(site.weight)
+            quantizer = quantized.weight_quantizers[layer.cost.name]
+            low, high = quantizer.integer_range()
+            shape = (-1,) + (1,) * (weight.dim() - 1)
+            step = quantizer.effective_scale().double().expand((weight.shape[0], *shape[1:])).clone()
+            integers = (weight / step.float()).round().clamp(low, high).double()
+            bias = model.get_parameter(site.bias).double() if site.bias else torch.zeros(weight.shape[0]).double()
+            norm: Any = None
+            if site.batch_norm is not None:
+                norm = model.get_submodule(site.batch_norm)
+                factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+                bias = norm.bias.double() + (bias - norm.running_mean.double()) * factor
+                step *= factor.reshape(shape)
+            step = step.float()
+            weight.copy_(integers.float() * step)
+            reader = quantized.activation_quantizers[layer.cost.activation_group]
+            unit = step.flatten().double() * reader.effective_scale().double()
+            rounded = (bias / unit).round() * unit
+            if norm is not None:
+                _make_identity(norm, rounded)
+                if site.bias:
+                    model.get_parameter(site.bias).zero_()
+            elif site.bias:
+                model.get_parameter(site.bias).copy_(rounded)
+            hook = next(name for name, hook in storage.named_hooks() if hook is quantizer)
+            _replace_hook(storage, hook, _native(quantizer, step))
+        for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+            if isinstance(hook, MultiBitQuantizer):
+                _replace_hook(storage, name, _native(hook, hook.effective_scale()))
+    return model
+
+
+def save_model(directory: str | Path, frozen: nn.Module) -> None:
+    """
+    Save a frozen model: ``model.safetensors`` (its state) and ``nncf_config.json`` (its quantizers).
+
+    :param frozen: what :func:`freeze` returned.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in frozen.state_dict().items()}
+    temporary = directory / ".model.safetensors.tmp"
+    save_file(state, temporary, metadata={"format": "pt"})
+    temporary.replace(directory / "model.safetensors")
+    write_json(directory / "nncf_config.json", nncf.torch.get_config(frozen))
+
+
+def load_model(directory: str | Path, model: nn.Module) -> nn.Module:
+    """
+    Restore a frozen model.
+
+    :param directory: where :func:`save_model` wrote it.
+    :param model: the user's model, freshly built; it is wrapped and filled.
+    :return: the frozen model in evaluation mode, with the outputs and bit widths of the saved one.
+    :raises InputError: if files are missing or unreadable, or do not fit the model.
+    """
+    directory = Path(directory)
+    config = read_json(directory / "nncf_config.json")
+    try:
+        state = load_file(directory / "model.safetensors")
+    except Exception as error:
+        msg = f"{directory / 'model.safetensors'}: cannot be read ({error}). Export the model again."
+        raise InputError(msg) from error
+    try:
+        restored = nncf.torch.load_from_config(model, config)
+        restored.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, nncf.InternalError) as error:
+        msg = f"{directory}: the saved quantized model does not fit this model ({error})."
+        raise InputError(msg) from error
+    return restored.eval()
+
+
+def native_quantizers(frozen: nn.Module) -> dict[str, SymmetricQuantizer]:
+    """:return: hook name -> NNCF quantizer of a frozen model, each name once (a quantizer may have several)."""
+    hooks = get_hook_storage(frozen).named_hooks(remove_duplicate=False)
+    return {name: hook for name, hook in hooks if isinstance(hook, SymmetricQuantizer)}
+
+
+@contextlib.contextmanager
+def replaced_quantizers(frozen: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """
+    Use other modules in place of quantizers, for tracing.
+
+    :param replacements: hook name -> module.
+    """
+    storage = get_hook_storage(frozen)
+    originals = {name: storage.get_submodule(name) for name in replacements}
+    try:
+        for name, module in replacements.items():
+            _replace_hook(storage, name, module)
+        yield
+    finally:
+        for name, module in originals.items():
+            _replace_hook(storage, name, module)
+
+
+def _quantize_by_nncf(model: nn.Module, calibration: Sequence[Tensor], ignored_scopes: Sequence[str]) -> nn.Module:
+    names, patterns = [], []
+    for scope in ignored_scopes:
+        if scope.startswith("{re}"):
+            patterns.append(scope.removeprefix("{re}"))
+        elif "/" in scope:
+            names.append(scope)
+        else:
+            patterns.append(fnmatch.translate(scope.replace(".", "/") + "/*").removesuffix("\\Z").removesuffix("\\z"))
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return nncf.quantize(
+            model.eval(),
+            nncf.Dataset(list(calibration)),
+            subset_size=len(calibration),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            ignored_scope=nncf.IgnoredScope(names=names, patterns=patterns) if names or patterns else None,
+            advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
+        )
+    except Exception as error:
+        msg = (
+            f"NNCF could not quantize the model ({type(error).__name__}: {error}). It has to be traceable: a forward "
+            "without control flow that depends on the data, called with one tensor. Check ignored_scopes as well."
+        )
+        raise UnsupportedModelError(msg) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _take_out_quantizers(quantized: nn.Module) -> tuple[dict[Position, bool], dict[str, str]]:
+    """Remove NNCF's quantizers. :return: position -> signed, and operation -> hook name of its weight quantizer."""
+    storage = get_hook_storage(quantized)
+    positions, weights = {}, {}
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        position = _position(name)
+        if position.side == "pre" and position.port == 1 and position.op.split("/")[-2] in WEIGHTED_FUNCTIONS:
+            weights[position.op] = name
+        else:
+            positions[position] = bool(hook.signed)
+        storage.delete_hook(name)
+    return positions, weights
+
+
+def _read_graph(
+    graph: Any, model: nn.Module, weight_hooks: Mapping[str, str], batch: int
+) -> tuple[list[Op], dict[str, LayerSite], dict[str, tuple[int, int]]]:
+    """:return: operations, layer name -> site, layer name -> (MACs, weights), all in the graph's order."""
+    ops: list[Op] = []
+    sites: dict[str, LayerSite] = {}
+    costs: dict[str, tuple[int, int]] = {}
+    linear: set[str] = set()
+    constants = {n.node_name for n in graph.get_all_nodes() if n.metatype.__name__ == "PTConstNoopMetatype"}
+    for node in graph.topological_sort():
+        if node.node_name in constants:
+            continue
+        edges = sorted(graph.get_input_edges(node), key=lambda edge: edge.input_port_id)
+        parameters = {e.input_port_id: e.from_node.node_name for e in edges if e.from_node.node_name in constants}
+        inputs = {
+            e.input_port_id: (e.from_node.node_name, e.output_port_id)
+            for e in edges
+            if e.from_node.node_name not in constants
+        }
+        parts = node.node_name.split("/")
+        function = parts[-2] if len(parts) > 1 else ""
+        kind = OTHER
+        if node.node_name in weight_hooks:
+            kind = WEIGHTED
+        elif node.metatype in _TRANSPARENT:
+            kind = TRANSPARENT
+        elif node.metatype in _CONCAT:
+            kind = CONCAT
+        elif function in ADD_FUNCTIONS and len(inputs) == 2:
+            kind = ADD
+        elif function in FLOAT_FUNCTIONS:
+            kind = FLOAT
+        producers = [tensor[0] for tensor in inputs.values()]
+        is_linear = kind == WEIGHTED or (function == "batch_norm" and all(p in linear for p in producers))
+        if is_linear:
+            linear.add(node.node_name)
+        ops.append(Op(node.node_name, kind, inputs, is_linear))
+        if kind == WEIGHTED:
+            weight_name = parameters.get(1)
+            name = (weight_name or "").removesuffix(".weight")
+            if weight_name is None or name in sites:
+                msg = (
+                    f"Operation {node.node_name!r}: its weight {'is computed' if weight_name is None else name!r} "
+                    f"{'in the forward pass' if weight_name is None else 'is used by another operation as well'}; "
+                    "such a layer cannot get bit widths of its own. Name it in ignored_scopes."
+                )
+                raise UnsupportedModelError(msg)
+            outputs = graph.get_output_edges(node)
+            consumers = [edge.to_node for edge in outputs]
+            weight = model.get_parameter(weight_name)
+            elements = torch.Size(outputs[0].tensor_shape).numel() if outputs else 0
+            costs[name] = (elements // batch * (weight.numel() // weight.shape[0]), weight.numel())
+            norm = consumers[0].node_name.rsplit("/", 2) if len(consumers) == 1 else ["", "", ""]
+            norm_name = norm[0].replace("/", ".") if len(norm) == 3 and norm[1] == "batch_norm" else None
+            if norm_name is not None and not _is_foldable(model, norm_name):
+                norm_name = None
+            sites[name] = LayerSite(node.node_name, weight_name, parameters.get(2), norm_name)
+    return ops, sites, costs
+
+
+def _is_foldable(model: nn.Module, name: str) -> bool:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return False
+    return isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
+
+
+def _resolve_fixed(names: Sequence[str], fixed_bits: Mapping[str, int]) -> dict[str, int]:
+    """:return: layer name -> fixed bit width."""
+    fixed: dict[str, int] = {}
+    for pattern, width in fixed_bits.items():
+        if pattern in ("first", "last"):
+            matching = [names[0 if pattern == "first" else -1]] if names else []
+        else:
+            matching = fnmatch.filter(names, pattern)
+        if not matching:
+            msg = f"fixed_bits: {pattern!r} fits no layer. The layers are {', '.join(names[:8]) or 'none'}, ..."
+            raise InputError(msg)
+        fixed.update(dict.fromkeys(matching, width))
+    return fixed
+
+
+def _make_gammas_positive(model: nn.Module, sites: Sequence[LayerSite]) -> tuple[nn.Parameter, ...]:
+    """
+    Negate channels whose batch norm weight is negative (an identical function), so that folding keeps the sign of the
+    weights: the b-bit grid is not symmetric.
+
+    :return: the batch norm weights that have to stay positive in training.
+    """
+    gammas = []
+    with torch.no_grad():
+        for site in sites:
+            if site.batch_norm is None:
+                continue
+            norm: Any = model.get_submodule(site.batch_norm)
+            negative = norm.weight < 0
+            model.get_parameter(site.weight)[negative] *= -1
+            if site.bias:
+                model.get_parameter(site.bias)[negative] *= -1
+            norm.weight[negative] *= -1
+            norm.running_mean[negative] *= -1
+            norm.weight.clamp_(min=SMALLEST_GAMMA)
+            gammas.append(norm.weight)
+    return tuple(gammas)
+
+
+def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None:
+    """Initialise every scale by the statistics of its tensor in the floating-point model."""
+    quantizers = list(
+        dict.fromkeys(
+            [
+                *quantized.weight_quantizers.values(),
+                *quantized.activation_quantizers.values(),
+                *quantized.stored_quantizers.values(),
+            ]
+        )
+    )
+    for quantizer in quantizers:
+        quantizer.start_observing()
+    device = next(quantized.model.parameters()).device
+    with torch.no_grad():
+        for batch in calibration:
+            quantized.model(batch.to(device))
+    for quantizer in quantizers:
+        quantizer.finish_observing()
+
+
+def _make_identity(norm: Any, bias: Tensor) -> None:
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1.0 - norm.eps)
+    norm.weight.fill_(1.0)
+    norm.bias.copy_(bias)
+
+
+def _native(quantizer: MultiBitQuantizer, step: Tensor) -> SymmetricQuantizer:
+    """:return: NNCF's quantizer with the same integers and steps. NNCF's scale is the full range: step x level_high."""
+    spec = PTQuantizerSpec(
+        num_bits=quantizer.active,
+        mode=QuantizationMode.SYMMETRIC,
+        signedness_to_force=quantizer.signed,
+        narrow_range=False,
+        half_range=quantizer.half_range and quantizer.active == 8,
+        scale_shape=tuple(step.shape),
+        logarithm_scale=False,
+    )
+    native = SymmetricQuantizer(spec)
+    native._scale_param_storage.data.copy_(step.detach() * native.level_high)
+    return native.to(step.device)
+
+
+def _hook_name(position: Position) -> str:
+    return f"{position.side}_hooks.{position.op.replace('.', ':')}__{position.port}.0"
+
+
+def _position(hook_name: str) -> Position:
+    side, key, _ = hook_name.rsplit(".", 2)
+    op, port = key.rsplit("__", 1)
+    return Position(side.removesuffix("_hooks"), op.replace(":", "."), int(port))
+
+
+def _replace_hook(storage: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, key = name.rpartition(".")
+    storage.get_submodule(parent)._modules[key] = module

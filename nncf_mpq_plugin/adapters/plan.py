@@ -1,0 +1,210 @@
+"""
+Where quantizers go: NNCF's placement, changed for deployment.
+
+NNCF decides which tensors are quantized. This module keeps that decision and changes the positions so that a CPU
+runtime computes exactly what was trained, in INT8 kernels:
+
+* a tensor that one activation group alone reads gets the group's quantizer, directly;
+* a tensor that other operations read as well is *stored* at 8 bits, and each group below 8 bits reads it through a
+  quantizer of its own in front of its layers;
+* a concatenation that a weighted layer reads is quantized once, behind it, instead of once per branch;
+* for OpenVINO there is no quantizer between a branch's last layer and its residual addition: the fused kernel would
+  drop its rounding;
+* normalisations, attention products and constants of unweighted operations stay in floating point: integers there
+  neither speed up a CPU nor feed a weighted layer.
+
+Pure functions on a small graph; the adapter translates NNCF's graph into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+Tensor = tuple[str, int]
+"""A tensor: the operation that makes it and its output port."""
+
+WEIGHTED, TRANSPARENT, CONCAT, ADD, FLOAT, OTHER = "weighted", "transparent", "concat", "add", "float", "other"
+
+
+@dataclass(frozen=True)
+class Op:
+    """
+    One operation of the model.
+
+    :param name: NNCF's name, ``module/path/function/call``.
+    :param kind: ``weighted``; ``transparent`` (moves or selects values: reshape, max pooling, ...); ``concat``;
+        ``add`` (of two activations); ``float`` (normalisation or attention: reads floating point); ``other``.
+    :param inputs: input port -> tensor, activations only.
+    :param linear_output: whether its output is a weighted layer's, possibly through batch norm, without activation.
+    """
+
+    name: str
+    kind: str
+    inputs: Mapping[int, Tensor]
+    linear_output: bool = False
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """A place for a hook: before (``pre``) input ``port`` or behind (``post``) output ``port`` of an operation."""
+
+    side: str
+    op: str
+    port: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """An 8-bit quantizer of a tensor that several operations read."""
+
+    position: Position
+    signed: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """
+    The quantizer of one activation group.
+
+    :param layers: operations of the weighted layers that read through it.
+    :param positions: where it stands: at the tensor, or before each layer.
+    :param signed: whether its integers are signed.
+    :param bits: the fixed bit width, None where it is searched.
+    :param stored: the stored tensor that it reads, if any. A group that reads a stored tensor at 8 bits has no
+        position of its own.
+    """
+
+    layers: tuple[str, ...]
+    positions: tuple[Position, ...]
+    signed: bool
+    bits: int | None
+    stored: Position | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All activation quantizers, and the positions of NNCF's that were dropped."""
+
+    stored: tuple[StoredTensor, ...]
+    readers: tuple[Reader, ...]
+    dropped: tuple[Position, ...]
+
+
+@dataclass
+class _Graph:
+    ops: Mapping[str, Op]
+    quantized: Mapping[Position, bool]
+    consumers: dict[Tensor, list[tuple[str, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for op in self.ops.values():
+            for port, tensor in op.inputs.items():
+                self.consumers.setdefault(tensor, []).append((op.name, port))
+
+    def source(self, op: str, port: int) -> Position | None:
+        """Where the value at an input is quantized: walk back to NNCF's quantizer, or to a quantized concatenation."""
+        while True:
+            before = Position("pre", op, port)
+            if before in self.quantized:
+                return before
+            tensor = self.ops[op].inputs.get(port)
+            if tensor is None:
+                return None
+            behind = Position("post", *tensor)
+            if behind in self.quantized:
+                return behind
+            producer = self.ops.get(tensor[0])
+            if producer is None:
+                return None
+            if producer.kind == CONCAT:
+                covered = producer.inputs and all(self.source(producer.name, p) for p in producer.inputs)
+                return behind if covered else None
+            if producer.kind != TRANSPARENT or len(producer.inputs) != 1:
+                return None
+            op, port = producer.name, next(iter(producer.inputs))
+
+    def readers(self, position: Position) -> Iterator[tuple[str, int]]:
+        """Inputs that the value at a position reaches through transparent operations."""
+        if position.side == "pre":
+            pending = [(position.op, position.port)]
+        else:
+            pending = list(self.consumers.get((position.op, position.port), []))
+        seen = set()
+        while pending:
+            op, port = pending.pop(0)
+            if (op, port) in seen:
+                continue
+            seen.add((op, port))
+            if self.ops[op].kind == TRANSPARENT:
+                for tensor, consumers in self.consumers.items():
+                    if tensor[0] == op:
+                        pending.extend(consumers)
+            else:
+                yield op, port
+
+    def signed(self, position: Position) -> bool:
+        """Signed if NNCF's quantizer is, or, behind a concatenation, if any of its branches' is."""
+        if position in self.quantized:
+            return self.quantized[position]
+        branches = (self.source(position.op, port) for port in self.ops[position.op].inputs)
+        return any(self.signed(branch) for branch in branches if branch is not None)
+
+
+def make_plan(
+    ops: Sequence[Op], quantized: Mapping[Position, bool], fixed: Mapping[str, int], target: str = "openvino"
+) -> Plan:
+    """
+    Decide the positions of all activation quantizers.
+
+    :param ops: the model's operations in topological order.
+    :param quantized: positions of NNCF's activation quantizers -> whether they are signed.
+    :param fixed: weighted operation -> activation bit width, for layers that are not searched.
+    :param target: ``openvino`` or ``onnxruntime``; they want opposite things before a residual addition.
+    :return: the plan. Weighted operations whose input NNCF does not quantize appear in no reader.
+    """
+    graph = _Graph({op.name: op for op in ops}, quantized)
+    sources: dict[Position, list[str]] = {}
+    for op in ops:
+        if op.kind == WEIGHTED and (source := graph.source(op.name, 0)) is not None:
+            sources.setdefault(source, []).append(op.name)
+    stored, readers = [], []
+    for position, layers in sources.items():
+        signed = graph.signed(position)
+        groups: dict[int | None, list[str]] = {}
+        for layer in layers:
+            groups.setdefault(fixed.get(layer), []).append(layer)
+        others = [reader for reader in graph.readers(position) if reader[1] != 0 or reader[0] not in layers]
+        if len(groups) == 1 and not others:
+            bits = next(iter(groups))
+            readers.append(Reader(tuple(layers), (position,), signed, bits, None))
+            continue
+        stored.append(StoredTensor(position, signed))
+        for bits, members in groups.items():
+            before = () if bits == 8 else tuple(Position("pre", layer, 0) for layer in members)
+            readers.append(Reader(tuple(members), before, signed, bits, position))
+    dropped = []
+    for position in quantized:
+        if position in sources:
+            continue
+        if _wanted(graph, position, sources, target):
+            stored.append(StoredTensor(position, quantized[position]))
+        else:
+            dropped.append(position)
+    return Plan(tuple(stored), tuple(readers), tuple(dropped))
+
+
+def _wanted(graph: _Graph, position: Position, sources: Mapping[Position, list[str]], target: str) -> bool:
+    """Whether a quantizer of NNCF's that no weighted layer reads stays, at 8 bits."""
+    if position.side == "pre" and position.port not in graph.ops[position.op].inputs:
+        return False  # a constant of an unweighted operation
+    readers = [(graph.ops[op], port) for op, port in graph.readers(position)]
+    if not readers or any(op.kind == FLOAT for op, _ in readers):
+        return False
+    if all(op.kind == CONCAT and Position("post", op.name, 0) in sources for op, _ in readers):
+        return False
+    producer = position.op if position.side == "post" else graph.ops[position.op].inputs[position.port][0]
+    while graph.ops[producer].kind == TRANSPARENT and graph.ops[producer].inputs:
+        producer = next(iter(graph.ops[producer].inputs.values()))[0]
+    before_addition = all(op.kind == ADD for op, _ in readers) and graph.ops[producer].linear_output
+    return not (before_addition and target == "openvino")

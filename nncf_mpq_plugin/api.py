@@ -1,0 +1,141 @@
+"""One call for the whole way, on a model, loaders and a loss of one's own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nncf_mpq_plugin.batches import split_batch
+from nncf_mpq_plugin.config import Config
+from nncf_mpq_plugin.data import Data
+from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.pipeline import Listener, Pipeline, Sources
+from nncf_mpq_plugin.runfolder import RunFolder, locked
+from nncf_mpq_plugin.training import LossFunction
+from nncf_mpq_plugin.types import Policy
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """
+    What :func:`quantize` made.
+
+    :param model: the deployable model, with NNCF's own quantizers at the chosen bits.
+    :param policy: the bit widths of every layer.
+    :param summary: accuracies, BitOps and sizes against floating point and uniform bits, as in summary.json.
+    :param folder: the run's folder; ``deploy/`` in it has the OpenVINO and ONNX files.
+    """
+
+    model: nn.Module
+    policy: Policy
+    summary: Mapping[str, Any]
+    folder: Path
+
+
+def quantize(
+    model: nn.Module,
+    train_loader: Any,
+    validation_loader: Any,
+    *,
+    budgets: Mapping[str, Any],
+    output: str | Path,
+    loss: LossFunction | None = None,
+    bits: Sequence[int] | None = None,
+    fixed_bits: Mapping[str, int] | None = None,
+    ignored_scopes: Sequence[str] | None = None,
+    alpha: float | None = None,
+    joint_training: Mapping[str, Any] | None = None,
+    fine_tuning: Mapping[str, Any] | None = None,
+    deploy: Mapping[str, Any] | None = None,
+    uniform_baseline: bool | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    restart: bool = False,
+    listener: Listener | None = None,
+) -> Quantized:
+    """
+    Find and train a mixed-precision version of ``model`` within budgets, export and verify it.
+
+    An interrupted call goes on where it stopped when it is made again with the same ``output``. What is None has the
+    default of the config reference (docs/config.md), whose checks apply.
+
+    :param model: a trained floating-point model that takes and returns one tensor; it is not changed.
+    :param train_loader: yields ``(input [N, ...], target)``; a ``DataLoader``, or anything with a length.
+    :param validation_loader: likewise.
+    :param budgets: e.g. ``{"average_bits": {"weight": 3, "activation": 4}, "compression_ratio": 10}``.
+    :param output: the run's folder.
+    :param loss: (output, target) -> scalar; None is cross entropy.
+    :param bits: candidate bit widths.
+    :param fixed_bits: layers that are not searched, e.g. ``{"first": 8, "last": 8}``.
+    :param ignored_scopes: layers to keep in floating point.
+    :param alpha: weight importance counts alpha times.
+    :param joint_training: keys of the config's section of that name, e.g. ``{"epochs": 2}``.
+    :param fine_tuning: likewise.
+    :param deploy: likewise.
+    :param uniform_baseline: also train the best uniform policy within the budgets.
+    :param seed: seed of everything random.
+    :param device: ``auto``, ``cpu`` or ``cuda``.
+    :param restart: remove what an earlier run left in ``output``.
+    :param listener: gets log lines and progress.
+    :raises InputError: for a model, loader or setting that cannot be used, or a folder of another run.
+    :raises InfeasibleBudgetError: if no policy meets the budgets.
+    :raises TrainingError: if training diverges.
+    :raises VerificationError: if the exported files do not agree with the model.
+    """
+    first = next(iter(validation_loader), None)
+    if first is None:
+        msg = "The validation loader gives no batch: the data set is empty."
+        raise InputError(msg)
+    value = _given(
+        model=f"python:{type(model).__name__}#{_digest(model)}",
+        input_info={"sample_size": [1, *split_batch(first)[0].shape[1:]]},
+        data={"source": "python:loaders"},
+        compression=_given(
+            ignored_scopes=None if ignored_scopes is None else list(ignored_scopes),
+            initializer={
+                "precision": _given(
+                    bits=None if bits is None else list(bits),
+                    fixed_bits=None if fixed_bits is None else dict(fixed_bits),
+                    joint_training=joint_training,
+                    alpha=alpha,
+                    budgets=dict(budgets),
+                    seed=seed,
+                )
+            },
+        ),
+        fine_tuning=fine_tuning,
+        deploy=deploy,
+        uniform_baseline=uniform_baseline,
+        device=device,
+    )
+    config = Config.from_json(value, "quantize()")
+    sources = Sources(
+        build=lambda: copy.deepcopy(model).cpu(),
+        load_data=lambda: Data(train_loader, validation_loader),
+        loss=loss,
+        classification=loss is None,
+    )
+    with locked(output):
+        folder = RunFolder.create(output, config, restart=restart)
+        pipeline = Pipeline(folder, sources, listener or Listener())
+        summary = pipeline.run()
+        return Quantized(pipeline.frozen_model(), Policy.load(folder.file("policy.json")), summary, folder.path)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _digest(model: nn.Module) -> str:
+    """:return: a short digest of the model's weights, so that a folder is not continued with others."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,335 @@
+"""The ``nncf-mpq`` command: the only place that prints and sets exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from nncf_mpq_plugin import tables
+from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError, InterruptedRun, MPQError
+from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json
+
+if TYPE_CHECKING:
+    from nncf_mpq_plugin.pipeline import Pipeline
+
+EXIT_CODES = """exit codes:
+  0 done                         3 no policy meets the budget
+  1 unexpected failure           4 the deployed model does not agree with the trained one
+  2 bad input or config        130 interrupted; the same command goes on
+"""
+RUN_HELP = "a config file, or the folder of a run that was begun"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    :param arguments: default: those of the process.
+    :return: the exit code.
+    """
+    options = _parser().parse_args(arguments)
+    out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    try:
+        result = options.function(options, out)
+        if getattr(options, "json", False):
+            print(json.dumps(result, indent=1, allow_nan=False), flush=True)
+    except MPQError as error:
+        if getattr(options, "json", False):
+            print(json.dumps(_failure(error)))
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return error.exit_code
+    except KeyboardInterrupt:
+        err.print("Interrupted. The same command goes on from the last saved state.", style="yellow")
+        return InterruptedRun.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads any more
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        err.print(f"error: {type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        err.print("This was not foreseen. What was done so far is kept; the same command goes on from there.")
+        return 1
+    return 0
+
+
+def _failure(error: MPQError) -> dict[str, Any]:
+    if isinstance(error, InfeasibleBudgetError):
+        known = {"budget": error.budget, "requested": error.requested, "achievable": error.achievable}
+        return {"status": "infeasible", **known, "message": str(error)}
+    return {"status": "error", "error": type(error).__name__, "message": str(error)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nncf-mpq",
+        description="Mixed-precision quantization by learned layer importance, for NNCF and OpenVINO.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, description: str, *, run: str = "", json_help: str = "") -> Any:
+        added = commands.add_parser(name, help=description, description=description)
+        added.set_defaults(function=function, command=name)
+        if run:
+            added.add_argument("run", metavar="CONFIG" if name == "run" else "RUN", help=run)
+            added.add_argument(
+                "--allow-code",
+                action="store_true",
+                help="import models and data loaders that the config names outside torchvision and this package; "
+                "that runs their code",
+            )
+        if json_help:
+            added.add_argument("--json", action="store_true", help=json_help)
+        return added
+
+    summary = "print the summary as one JSON object on stdout"
+    for name, function, description, json_help in (
+        (
+            "run",
+            _run,
+            "All stages from a config to verified OpenVINO and ONNX files; goes on where it stopped.",
+            summary,
+        ),
+        ("train-importance", _train_importance, "Train (or load) the model and its importance table.", ""),
+    ):
+        added = command(name, function, description, run=RUN_HELP, json_help=json_help)
+        added.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/NAME_OF_THE_CONFIG)")
+        added.add_argument("--restart", action="store_true", help="remove what an earlier run left in the folder")
+    _add_search(command("search", _search, "Find the best policy within budgets.", json_help="print one JSON object"))
+    added = command("finetune", _finetune, "Fine-tune at the policy's bits and freeze.", run=RUN_HELP)
+    added.add_argument("--policy", metavar="FILE", help="use this policy (edited by hand, say) in place of the run's")
+    command("export", _export, "Write the ONNX file and the OpenVINO IR.", run=RUN_HELP)
+    description = "Compare the exported files with the trained model."
+    command("verify", _verify, description, run=RUN_HELP, json_help="print verify.json")
+    added = commands.add_parser("config", help="Check a config, or print what it may hold.")
+    actions = added.add_subparsers(title="actions", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="validate a config file")
+    check.add_argument("file", metavar="FILE")
+    check.set_defaults(function=_config_check)
+    for name, function, text in (
+        ("schema", _config_schema, "print the JSON Schema, for editors"),
+        ("docs", _config_docs, "print the reference of all keys, as Markdown"),
+    ):
+        actions.add_parser(name, help=text, description=text).set_defaults(function=function)
+    return parser
+
+
+BUDGET_OPTIONS = {
+    "average-weight-bits": "average bits of weights; with --average-activation-bits, the BitOps of that uniform policy",
+    "average-activation-bits": "average bits of activations",
+    "bitops": "BitOps of the searchable layers",
+    "bitops-ratio": "BitOps relative to uniform 8 bits",
+    "compression-ratio": "32 bits / average weight bits, all layers",
+    "model-size-bytes": "bytes of all weights",
+}
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", metavar="TABLE", help="an importance table (JSON), or the folder of a run")
+    budgets = parser.add_argument_group("budgets (all that are given hold together; for a run: default its config's)")
+    for name, text in BUDGET_OPTIONS.items():
+        budgets.add_argument(f"--{name}", type=float, metavar="N", help=text)
+    parser.add_argument("--alpha", type=float, metavar="N", help="weight importance counts N times (default: 2)")
+    parser.add_argument(
+        "--out-of-order",
+        choices=("ban", "isotonic", "keep"),
+        help="what to do with an importance that rises with more bits (default: ban)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the policy to this file")
+
+
+def _run(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    with _pipeline(options, out) as pipeline:
+        summary = pipeline.run()
+    out = _quiet_for_json(options, out)
+    out.print(tables.policy_table(summary["layers"]))
+    out.print(tables.results_table(summary["results"]))
+    out.print(tables.verification_table(summary["verification"]))
+    out.print(f"Everything is in {pipeline.folder.path}; deploy {pipeline.folder.file('deploy')}", highlight=False)
+    return summary
+
+
+def _train_importance(options: argparse.Namespace, out: Console) -> None:
+    with _pipeline(options, out) as pipeline:
+        pipeline.run_stage("float")
+        pipeline.run_stage("importance")
+    out.print(f"The importance table is {pipeline.folder.file('importance.json')}", highlight=False)
+
+
+def _search(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    from nncf_mpq_plugin.summary import layer_rows, totals
+
+    if Path(options.table).is_dir() and not _wants_other_search(options):
+        options.run, options.allow_code = options.table, False
+        with _pipeline(options, out) as pipeline:
+            pipeline.run_stage("search")
+        table = ImportanceTable.load(pipeline.folder.file("importance.json"))
+        policy = Policy.load(pipeline.folder.file("policy.json"))
+    else:
+        table, policy = _search_anew(options)
+    if options.output:
+        policy.save(options.output)
+    report = policy.to_json()
+    out = _quiet_for_json(options, out)
+    out.print(tables.policy_table(layer_rows(table, policy)))
+    for line in tables.search_lines(report, totals(table, policy)):
+        out.print(line, highlight=False, markup=False)
+    return report
+
+
+def _wants_other_search(options: argparse.Namespace) -> bool:
+    return bool(_budget_options(options)) or options.alpha is not None or options.out_of_order is not None
+
+
+def _search_anew(options: argparse.Namespace) -> tuple[ImportanceTable, Policy]:
+    from nncf_mpq_plugin.allocation import search
+
+    limits = _budget_options(options)
+    path, alpha, rule, budget = Path(options.table), 2.0, "ban", None
+    if path.is_dir():
+        from nncf_mpq_plugin.runfolder import RunFolder
+
+        folder = RunFolder.open(path)
+        path, config = folder.file("importance.json"), folder.config
+        alpha, rule, budget = config.alpha, config.out_of_order, config.budget
+    if limits:
+        budget = Budget.from_json(limits, "command line")
+    if budget is None:
+        msg = f"No budget is given. Give one or more of: {', '.join(f'--{name}' for name in BUDGET_OPTIONS)}."
+        raise InputError(msg)
+    table = ImportanceTable.load(path)
+    alpha = alpha if options.alpha is None else options.alpha
+    return table, search(table, budget, alpha=alpha, out_of_order=options.out_of_order or rule).policy
+
+
+def _budget_options(options: argparse.Namespace) -> dict[str, Any]:
+    """:return: the budgets of the command line, as a config's ``budgets``."""
+    given = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in BUDGET_OPTIONS}
+    limits: dict[str, Any] = {name: limit for name, limit in given.items() if limit is not None}
+    parts = [part for part in ("weight", "activation") if f"average_{part}_bits" in limits]
+    average = {part: limits.pop(f"average_{part}_bits") for part in parts}
+    return {**limits, "average_bits": average} if average else limits
+
+
+def _finetune(options: argparse.Namespace, out: Console) -> None:
+    with _pipeline(options, out) as pipeline:
+        if options.policy:
+            Policy.load(options.policy).save(pipeline.folder.file("policy.json"))
+        pipeline.run_stage("finetune")
+        pipeline.run_stage("uniform")
+    metrics = read_json(pipeline.folder.file("model/metrics.json"))
+    accuracy = "-" if metrics["accuracy"] is None else f"{metrics['accuracy']:.2%}"
+    out.print(f"Accuracy {accuracy}; the model is in {pipeline.folder.file('model')}", highlight=False)
+
+
+def _export(options: argparse.Namespace, out: Console) -> None:
+    with _pipeline(options, out) as pipeline:
+        pipeline.run_stage("export")
+    out.print(f"The files are in {pipeline.folder.file('deploy')}", highlight=False)
+
+
+def _verify(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    with _pipeline(options, out) as pipeline:
+        pipeline.run_stage("verify")
+    report: dict[str, Any] = read_json(pipeline.folder.file("verify.json"))
+    _quiet_for_json(options, out).print(tables.verification_table(report))
+    return report
+
+
+def _config_check(options: argparse.Namespace, out: Console) -> None:
+    from nncf_mpq_plugin.config import Config
+
+    config = Config.load(options.file)
+    budgets = json.dumps(config.budget.to_json())
+    out.print(f"{options.file} is valid: {config.model} on {config.data.source}, budgets {budgets}", highlight=False)
+
+
+def _config_schema(options: argparse.Namespace, out: Console) -> None:
+    from nncf_mpq_plugin.config_keys import SCHEMA
+    from nncf_mpq_plugin.schema import json_schema
+
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    print(json.dumps({"$schema": draft, "title": "nncf-mpq config", **json_schema(SCHEMA)}, indent=1))
+
+
+def _config_docs(options: argparse.Namespace, out: Console) -> None:
+    from nncf_mpq_plugin.config_keys import reference_page
+
+    print(reference_page(), end="")
+
+
+def _quiet_for_json(options: argparse.Namespace, out: Console) -> Console:
+    return Console(quiet=True) if getattr(options, "json", False) else out
+
+
+@contextlib.contextmanager
+def _pipeline(options: argparse.Namespace, out: Console) -> Iterator[Pipeline]:
+    """The pipeline of a config or run folder, with its progress drawn on stderr and foreign output in log.txt."""
+    from nncf_mpq_plugin.config import Config
+    from nncf_mpq_plugin.runfolder import RunFolder, locked
+
+    given = Path(options.run)
+    restart, output = getattr(options, "restart", False), getattr(options, "output", None)
+    config = None
+    if given.is_dir():
+        if output is not None:
+            msg = f"{given} is a run's folder; --output goes with a config file."
+            raise InputError(msg)
+        path, config = given, RunFolder.open(given).config
+    else:
+        config, path = Config.load(given), Path(output or f"runs/{given.stem}")
+    if options.allow_code:
+        sys.path.insert(0, os.getcwd())
+    with locked(path):
+        folder = RunFolder.create(path, config, restart=restart)
+        with _progress() as (listen, progress), open(folder.file("log.txt"), "a", encoding="utf-8") as log:
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+            from nncf_mpq_plugin.pipeline import Listener, Pipeline, sources_of
+
+            logging.getLogger("nncf").setLevel(logging.ERROR)  # after the import, which sets it
+
+            def log_line(text: str) -> None:
+                progress.console.print(text, highlight=False, markup=False)
+
+            try:
+                with contextlib.redirect_stdout(log):
+                    sources = sources_of(config, allow_code=options.allow_code)
+                    yield Pipeline(folder, sources, Listener(log_line, listen))
+            except (InterruptedRun, KeyboardInterrupt) as error:
+                folder.log(f"interrupted: {error}")
+                flag = " --allow-code" if options.allow_code else ""
+                msg = f"{error or 'Interrupted.'}\nGo on with: nncf-mpq {options.command} {path}{flag}"
+                raise InterruptedRun(msg) from error
+            except Exception as error:
+                folder.log(f"{type(error).__name__}: {error}")
+                raise
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[tuple[Any, Progress]]:
+    """:return: a function that draws one bar a stage, and the bars."""
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    tasks: dict[str, TaskID] = {}
+    with Progress(
+        *columns, TextColumn("{task.fields[numbers]}"), console=Console(stderr=True), transient=True
+    ) as progress:
+
+        def listen(stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+            shown = f"loss {numbers['loss']:.3f}" if "loss" in numbers else ""
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(f"  {stage}", total=total, completed=done, numbers=shown)
+            progress.update(tasks[stage], completed=done, total=total, numbers=shown, visible=done < total)
+
+        yield listen, progress

@@ -1,0 +1,71 @@
+"""Deployment: a frozen model as OpenVINO IR and ONNX, verified against the torch model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nncf_mpq_plugin.deploy.verification import VerifyReport
+
+__all__ = ["ExportResult", "compile", "export", "verify"]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """
+    The exported files.
+
+    :param onnx: for ONNX Runtime and for OpenVINO.
+    :param xml: OpenVINO IR; its weights lie in the ``.bin`` file beside it.
+    """
+
+    onnx: Path
+    xml: Path
+
+    @property
+    def bin(self) -> Path:
+        """The IR's weights."""
+        return self.xml.with_suffix(".bin")
+
+
+def export(frozen: nn.Module, example_input: Tensor, directory: str | Path) -> ExportResult:
+    """
+    Write ``model.onnx``, ``model.xml`` and ``model.bin``.
+
+    :param frozen: a model with NNCF's own quantizers, from ``freeze`` or ``load_model``.
+    :param example_input: one batch ``[N, ...]``; the batch dimension becomes dynamic.
+    :param directory: created if missing.
+    :raises UnsupportedModelError: if an operation cannot be exported.
+    """
+    from nncf_mpq_plugin.deploy.graph import marked_graph
+    from nncf_mpq_plugin.deploy.onnx import save_onnx, to_standard_operators
+    from nncf_mpq_plugin.deploy.openvino import save_ir, to_openvino
+
+    result = ExportResult(Path(directory) / "model.onnx", Path(directory) / "model.xml")
+    save_onnx(to_standard_operators(marked_graph(frozen, example_input)), result.onnx)
+    save_ir(to_openvino(result.onnx), result.xml)
+    return result
+
+
+def verify(frozen: nn.Module, directory: str | Path, samples: Any, limit: int = 256) -> VerifyReport:
+    """Compare the exported files with the frozen model; see :func:`nncf_mpq_plugin.deploy.verification.verify`."""
+    from nncf_mpq_plugin.deploy.verification import verify as run
+
+    return run(frozen, directory, samples, limit)
+
+
+def compile(path: str | Path, **properties: Any) -> Any:
+    """
+    Compile an exported model for the CPU with the properties that keep its results exact.
+
+    :param path: ``.xml`` or ``.onnx``.
+    :param properties: further OpenVINO properties, e.g. ``INFERENCE_NUM_THREADS=2``.
+    :return: ``openvino.CompiledModel``.
+    """
+    from nncf_mpq_plugin.deploy.openvino import compile_exactly
+
+    return compile_exactly(path, **properties)

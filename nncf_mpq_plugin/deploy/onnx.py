@@ -1,0 +1,198 @@
+"""
+The deployable form: ONNX of standard operators whose arithmetic integer kernels compute exactly.
+
+* An activation at b bits is ``QuantizeLinear`` to (u)int8, ``Clip`` to the b-bit range, ``DequantizeLinear``: an INT8
+  carrier, for which runtimes have kernels, holding b-bit values.
+* A weight is an int8 constant on the b-bit grid with one scale per output channel.
+* A bias is an int32 constant in units of weight step x input step, the accumulator's grid.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import NodeProto, helper, numpy_helper
+
+from nncf_mpq_plugin.deploy.graph import MARKER, MARKER_DOMAIN, OPSET
+from nncf_mpq_plugin.errors import UnsupportedModelError
+
+_TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
+_IDENTITY_TOLERANCE = 1e-5
+_INT32 = 2**31 - 1
+
+
+class _Rewriter:
+    def __init__(self, model: onnx.ModelProto):
+        self.graph = model.graph
+        self.constants = {item.name: numpy_helper.to_array(item) for item in self.graph.initializer}
+        self.nodes: list[NodeProto] = list(self.graph.node)
+        for node in [node for node in self.nodes if node.op_type == "Constant" and len(node.attribute) == 1]:
+            if node.attribute[0].name == "value":
+                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+                self.nodes.remove(node)
+        for node in [node for node in self.nodes if node.op_type == "Identity" and node.input[0] in self.constants]:
+            self.constants[node.output[0]] = self.constants[node.input[0]]
+            self.nodes.remove(node)
+        self.scales: dict[str, float] = {}  # tensor on an activation grid -> step
+        self.weight_scales: dict[str, np.ndarray] = {}  # dequantized weight -> step by output channel
+
+    def consumers(self, name: str) -> list[NodeProto]:
+        return [node for node in self.nodes if name in node.input]
+
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        self.constants[name] = np.asarray(value)
+        return name
+
+    def run(self) -> None:
+        self.fold_identity_batch_norms()
+        self.quantizers_to_standard_operators()
+        self.biases_to_integers()
+        used = {name for node in self.nodes for name in node.input} | {item.name for item in self.graph.output}
+        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(
+            numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in used
+        )
+
+    def fold_identity_batch_norms(self) -> None:
+        """Freezing left batch norms as identities that carry the bias: move it into the layer."""
+        producers = {output: node for node in self.nodes for output in node.output}
+        for norm in [node for node in self.nodes if node.op_type == "BatchNormalization"]:
+            layer = producers.get(norm.input[0])
+            gamma, beta, mean, variance = (self.constants[name] for name in norm.input[1:5])
+            epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+            is_identity = np.abs(gamma / np.sqrt(variance + epsilon) - 1).max() < _IDENTITY_TOLERANCE and not mean.any()
+            if layer is None or layer.op_type not in ("Conv", "Gemm") or not is_identity:
+                continue
+            if len(self.consumers(layer.output[0])) != 1:
+                continue
+            if len(layer.input) > 2:
+                beta = beta + self.constants[layer.input[2]]
+                layer.input.pop()
+            layer.input.append(self.constant(f"{layer.output[0]}.bias", beta.astype(np.float32)))
+            layer.output[0] = norm.output[0]
+            self.nodes.remove(norm)
+
+    def quantizers_to_standard_operators(self) -> None:
+        result: list[NodeProto] = []
+        skipped: set[int] = set()
+        for node in self.nodes:
+            if id(node) in skipped:
+                continue
+            if node.op_type == MARKER and node.domain == MARKER_DOMAIN:
+                attributes = {a.name: a.i for a in node.attribute}
+                low, high, step = attributes["low"], attributes["high"], self.constants[node.input[1]]
+                if node.input[0] in self.constants:
+                    replacement, transposed = self.weight(node, low, high, step)
+                    skipped.update(id(item) for item in transposed)
+                else:
+                    replacement = self.activation(node, low, high, float(step[0]))
+                result.extend(replacement)
+            else:
+                if node.op_type in _TRANSPARENT and node.input and node.input[0] in self.scales:
+                    self.scales[node.output[0]] = self.scales[node.input[0]]
+                result.append(node)
+        self.nodes = result
+
+    def weight(self, node: NodeProto, low: int, high: int, step: np.ndarray) -> tuple[list[NodeProto], list[NodeProto]]:
+        """:return: the nodes that replace the marker, and transpositions that the constant has taken in."""
+        name, output = node.input[0], node.output[0]
+        value = self.constants[name].astype(np.float32)
+        step = np.broadcast_to(step.astype(np.float32), (value.shape[0],)).copy()
+        columns = step.reshape(-1, *[1] * (value.ndim - 1))
+        integers = np.clip(np.rint(value / columns), low, high).astype(np.int8)
+        replacement, transposed = [], []
+        outputs = [(output, 0, integers)]
+        for consumer in self.consumers(output):
+            if consumer.op_type == "Transpose" and value.ndim == 2:
+                transposed.append(consumer)
+                outputs.append((consumer.output[0], 1, np.ascontiguousarray(integers.T)))
+        if transposed and len(transposed) == len(self.consumers(output)):
+            outputs = outputs[1:]
+        for tensor, axis, data in outputs:
+            inputs = [
+                self.constant(f"{tensor}.integers", data),
+                self.constant(f"{tensor}.scale", step),
+                self.constant(f"{tensor}.zero_point", np.zeros(len(step), np.int8)),
+            ]
+            replacement.append(helper.make_node("DequantizeLinear", inputs, [tensor], name=tensor, axis=axis))
+            self.weight_scales[tensor] = step
+        return replacement, transposed
+
+    def activation(self, node: NodeProto, low: int, high: int, step: float) -> list[NodeProto]:
+        output, dtype = node.output[0], np.int8 if low < 0 else np.uint8
+        scale = self.constant(f"{output}.scale", np.float32(step))
+        zero_point = self.constant(f"{output}.zero_point", dtype(0))
+        limits = np.iinfo(dtype)
+        nodes = [
+            helper.make_node("QuantizeLinear", [node.input[0], scale, zero_point], [f"{output}.q"], f"{output}.q"),
+            helper.make_node("DequantizeLinear", [f"{output}.q", scale, zero_point], [output], output),
+        ]
+        if (low, high) != (limits.min, limits.max):
+            bounds = [self.constant(f"{output}.low", dtype(low)), self.constant(f"{output}.high", dtype(high))]
+            clip = helper.make_node("Clip", [f"{output}.q", *bounds], [f"{output}.clip"], f"{output}.clip")
+            nodes.insert(1, clip)
+            nodes[2].input[0] = f"{output}.clip"
+        self.scales[output] = step
+        return nodes
+
+    def biases_to_integers(self) -> None:
+        result: list[NodeProto] = []
+        for node in self.nodes:
+            quantized = node.op_type in ("Conv", "Gemm") and len(node.input) > 2
+            if quantized and node.input[0] in self.scales and node.input[1] in self.weight_scales:
+                step = np.float32(self.scales[node.input[0]])
+                unit = (self.weight_scales[node.input[1]] * step).astype(np.float32)
+                bias = self.constants[node.input[2]]
+                integers = np.rint(bias.astype(np.float64) / unit)
+                if np.abs(integers).max() > _INT32:
+                    msg = (
+                        f"Layer {node.name!r}: a bias is over 2^31 accumulator units. Its scales have collapsed; "
+                        "train with a lower learning rate or keep the layer at 8 bits."
+                    )
+                    raise UnsupportedModelError(msg)
+                name = f"{node.output[0]}.bias"
+                inputs = [
+                    self.constant(f"{name}.integers", integers.astype(np.int32)),
+                    self.constant(f"{name}.scale", unit),
+                    self.constant(f"{name}.zero_point", np.zeros(len(unit), np.int32)),
+                ]
+                result.append(helper.make_node("DequantizeLinear", inputs, [f"{name}.dq"], f"{name}.dq", axis=0))
+                node.input[2] = f"{name}.dq"
+            result.append(node)
+        self.nodes = result
+
+
+def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:
+    """
+    Replace the marker nodes.
+
+    :param marked: what :func:`nncf_mpq_plugin.deploy.graph.marked_graph` returned; it is changed in place.
+    :return: a checked model of standard operators only.
+    """
+    _Rewriter(marked).run()
+    del marked.opset_import[:]
+    marked.opset_import.append(helper.make_opsetid("", OPSET))
+    marked.producer_name = "nncf-mpq-plugin"
+    onnx.checker.check_model(marked, full_check=True)
+    return marked
+
+
+def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
+    """Write the model; the file appears only whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    onnx.save(model, temporary)
+    temporary.replace(path)
+
+
+def count_operators(model: onnx.ModelProto) -> dict[str, int]:
+    """:return: operator type -> how often it occurs."""
+    counts: dict[str, int] = defaultdict(int)
+    for node in model.graph.node:
+        counts[node.op_type] += 1
+    return dict(counts)

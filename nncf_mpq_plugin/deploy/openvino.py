@@ -1,0 +1,141 @@
+"""
+OpenVINO IR whose weights take exactly their bits on disk.
+
+The IR is the conversion of the ONNX file. Each int8 weight constant is then stored as ``u2``, ``u3``, ``u4`` or ``u6``
+(5 bits: a ``u4`` and a ``u1`` plane; 7 bits: ``u6`` and ``u1``), unpacked by constant folding when the model is
+compiled. A closing ``FakeQuantize`` of 256 levels with the same step makes the runtime choose its INT8 kernels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from nncf_mpq_plugin.errors import InputError
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+"""Compile-time properties for exact results: new CPUs would run what is not INT8 in bfloat16."""
+
+_PLANES = {1: (1,), 2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (6,), 7: (6, 1)}
+_TYPES = {1: ov.Type.u1, 2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4, 6: ov.Type.u6}
+
+
+def to_openvino(onnx_path: str | Path) -> ov.Model:
+    """
+    Convert the deployable ONNX file and pack its weights.
+
+    :param onnx_path: what :func:`nncf_mpq_plugin.deploy.export` wrote.
+    :raises InputError: if OpenVINO cannot read the file.
+    """
+    try:
+        model = ov.convert_model(str(onnx_path))
+    except Exception as error:
+        msg = f"{onnx_path}: OpenVINO cannot read it ({error})."
+        raise InputError(msg) from error
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i8 and len(node.shape) > 1:
+            _pack(node)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def save_ir(model: ov.Model, path: str | Path) -> None:
+    """
+    Write ``path`` (.xml) and the .bin beside it; the .xml appears last and both only whole.
+
+    :param path: ends in ``.xml``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    ov.save_model(model, str(temporary), compress_to_fp16=False)
+    temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
+    temporary.replace(path)
+
+
+def compile_exactly(path: str | Path, **properties: Any) -> ov.CompiledModel:
+    """
+    Compile an exported model for the CPU with the properties that keep its results exact.
+
+    :param path: ``.xml`` or ``.onnx``.
+    :param properties: further properties, e.g. ``INFERENCE_NUM_THREADS=2``.
+    :raises InputError: if the file is missing or cannot be read.
+    """
+    if not Path(path).is_file():
+        msg = f"{path}: no such file. Run the export first."
+        raise InputError(msg)
+    try:
+        return ov.Core().compile_model(str(path), "CPU", {**EXACT, **properties})
+    except RuntimeError as error:
+        msg = f"{path}: OpenVINO cannot compile it ({error})."
+        raise InputError(msg) from error
+
+
+def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:
+    """:return: for each executed node its name, type, precision and kernel, as the runtime model reports them."""
+    keys = {"type": "layerType", "precision": "runtimePrecision", "kernel": "primitiveType"}
+    result = []
+    for op in compiled.get_runtime_model().get_ops():
+        info = op.get_rt_info()
+        values = {key: str(info[name].astype(str)) for key, name in keys.items() if name in info}
+        result.append({"name": op.get_friendly_name(), **values})
+    return result
+
+
+def _pack(constant: ov.Node) -> None:
+    """Replace Constant(i8) -> Convert [-> Subtract 0] -> Multiply(step) by packed planes and a FakeQuantize."""
+    convert = _only_consumer(constant.output(0), "Convert")
+    after = convert and _only_consumer(convert.output(0), None)
+    if after is not None and after.get_type_name() == "Subtract":
+        after = _only_consumer(after.output(0), None)
+    if after is None or after.get_type_name() != "Multiply":
+        return
+    integers = constant.data.astype(np.int16)
+    bits = max(_bits_for(int(integers.min()), int(integers.max())), 1)
+    step = _constant_value(after.input_value(1))
+    if bits > 6 or step is None:
+        return
+    step = step.astype(np.float32).reshape(step.shape or (1,) * integers.ndim)
+    offset = 2 ** (bits - 1)
+    unsigned = integers + offset
+    value, shift = None, 0
+    for plane_bits in _PLANES[bits]:
+        plane = ((unsigned >> shift) & (2**plane_bits - 1)).astype(np.uint8)
+        part = ops.convert(ops.constant(plane, dtype=_TYPES[plane_bits]), "f32")
+        if shift:
+            part = ops.multiply(part, ops.constant(np.float32(2**shift)))
+        value = part if value is None else ops.add(value, part)
+        shift += plane_bits
+    centred = ops.subtract(value, ops.constant(np.float32(offset)))
+    weight = ops.multiply(centred, ops.constant(step))
+    low, high = ops.constant(-128 * step), ops.constant(127 * step)
+    quantized = ops.fake_quantize(weight, low, high, low, high, 256)
+    quantized.set_friendly_name(after.get_friendly_name())
+    for target in after.output(0).get_target_inputs():
+        target.replace_source_output(quantized.output(0))
+
+
+def _bits_for(low: int, high: int) -> int:
+    return next(bits for bits in range(1, 9) if -(2 ** (bits - 1)) <= low and high <= 2 ** (bits - 1) - 1)
+
+
+def _only_consumer(output: ov.Output, kind: str | None) -> ov.Node | None:
+    consumers = [target.get_node() for target in output.get_target_inputs()]
+    if len(consumers) != 1 or (kind is not None and consumers[0].get_type_name() != kind):
+        return None
+    return consumers[0]
+
+
+def _constant_value(output: ov.Output) -> np.ndarray | None:
+    """:return: the value of a constant, looking through reshapes of it."""
+    node = output.get_node()
+    if node.get_type_name() == "Constant":
+        return np.asarray(node.data)
+    if node.get_type_name() in ("Reshape", "Unsqueeze", "Convert"):
+        value = _constant_value(node.input_value(0))
+        return None if value is None else value.reshape(tuple(node.get_output_shape(0)))
+    return None

@@ -1,0 +1,188 @@
+"""
+Does the exported model compute what was trained?
+
+Rounding in a quantized network turns differences of 1e-7 into whole steps where a value lies next to a rounding
+threshold, so torch in float32 does not agree with torch in float64 on every sample either. The contract measures an
+exported model against that: a runtime passes if it agrees with torch as well as torch agrees with itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+from nncf_mpq_plugin.deploy.openvino import compile_exactly
+from nncf_mpq_plugin.errors import InputError, VerificationError
+
+AGREEMENT = 1e-3  # outputs agree within this share of the outputs' standard deviation
+SHARE_TOLERANCE = 0.02  # (a): how far a runtime's share of agreeing samples may be below torch's own
+MEAN_TOLERANCE = 0.01  # (c): mean absolute difference as a share of the standard deviation
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """
+    How far one set of outputs is from torch's in float32.
+
+    :param name: the runtime.
+    :param agreeing: share of samples whose outputs all agree within 1e-3 of the outputs' standard deviation.
+    :param mean_difference: mean absolute difference over the standard deviation.
+    :param largest_difference: largest absolute difference over the standard deviation.
+    :param top1: share of samples with the same largest output.
+    :param top1_decided: the same over samples whose margin exceeds torch's own noise; 1.0 if there is none.
+    :param required: whether the contract covers it; the others are reported only.
+    :param failures: what of the contract it breaks, in words.
+    """
+
+    name: str
+    agreeing: float
+    mean_difference: float
+    largest_difference: float
+    top1: float
+    top1_decided: float
+    required: bool
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """
+    Agreement of every exported file with the torch model.
+
+    :param samples: number of samples compared.
+    :param torch_float64: how torch in float64 agrees with torch in float32: the model's own noise.
+    :param runtimes: each runtime and file.
+    """
+
+    samples: int
+    torch_float64: Agreement
+    runtimes: tuple[Agreement, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every required runtime keeps the contract."""
+        return not any(runtime.required and runtime.failures for runtime in self.runtimes)
+
+    def to_json(self) -> dict[str, Any]:
+        """:return: a JSON-serialisable object."""
+        return {
+            "schema_version": 1,
+            "ok": self.ok,
+            "samples": self.samples,
+            "torch_float64": asdict(self.torch_float64),
+            "runtimes": [asdict(runtime) for runtime in self.runtimes],
+        }
+
+    def check(self) -> None:
+        """:raises VerificationError: naming each runtime and what it breaks, if the contract is not kept."""
+        if not self.ok:
+            broken = [f"{r.name}: {'; '.join(r.failures)}" for r in self.runtimes if r.required and r.failures]
+            msg = (
+                f"The exported model does not agree with the trained one on {self.samples} samples. "
+                f"{' | '.join(broken)}. "
+                "Do not deploy it. Check that the export is of this model, and report the model if it is."
+            )
+            raise VerificationError(msg)
+
+
+def verify(frozen: nn.Module, directory: str | Path, samples: Iterable[Tensor], limit: int = 256) -> VerifyReport:
+    """
+    Compare the exported files with the frozen model.
+
+    :param frozen: the model that was exported.
+    :param directory: holds ``model.xml`` and ``model.onnx``.
+    :param samples: batches ``[N, ...]`` of real inputs.
+    :param limit: number of samples to use.
+    :return: the report; call its ``check`` to fail on disagreement.
+    :raises InputError: if a file is missing or there are no samples.
+    """
+    directory = Path(directory)
+    batches, count = [], 0
+    for batch in samples:
+        batches.append(batch[: limit - count].float().cpu())
+        count += len(batches[-1])
+        if count >= limit:
+            break
+    if count == 0:
+        msg = "There are no samples to verify the exported model with."
+        raise InputError(msg)
+    inputs = torch.cat(batches)
+    frozen = copy.deepcopy(frozen).cpu().eval()
+    with torch.no_grad():
+        reference = _output(torch.cat([_single(frozen(x)) for x in inputs.split(BATCH)]))
+        double = frozen.double()
+        exact = _output(torch.cat([_single(double(x.double())) for x in inputs.split(BATCH)]))
+    noise = _compare("torch float64", exact, reference, None, required=False)
+    array = inputs.numpy()
+    ir, onnx = directory / "model.xml", directory / "model.onnx"
+    outputs = [
+        ("OpenVINO IR", _run_openvino(compile_exactly(ir), array), True),
+        ("OpenVINO ONNX", _run_openvino(compile_exactly(onnx), array), True),
+        ("ONNX Runtime", _run_onnxruntime(onnx, array), True),
+        ("OpenVINO IR, default properties", _run_openvino(ov.Core().compile_model(str(ir), "CPU"), array), False),
+    ]
+    runtimes = tuple(_compare(name, output, reference, (noise, exact), required) for name, output, required in outputs)
+    return VerifyReport(count, noise, runtimes)
+
+
+def _compare(
+    name: str, output: np.ndarray, reference: np.ndarray, own: tuple[Agreement, np.ndarray] | None, required: bool
+) -> Agreement:
+    scale = float(reference.std()) or 1.0
+    difference = np.abs(output - reference) / scale
+    worst = difference.max(1)
+    agreeing, mean = float((worst <= AGREEMENT).mean()), float(difference.mean())
+    same = output.argmax(1) == reference.argmax(1)
+    decided, failures = 1.0, []
+    if not np.isfinite(output).all():
+        failures.append("outputs are not finite")
+    if own is not None:
+        noise, exact = own
+        spread = max(float(np.abs(exact - reference).max()), AGREEMENT * scale)
+        ordered = np.sort(reference, 1)
+        margin = ordered[:, -1] - ordered[:, -2] if reference.shape[1] > 1 else np.zeros(len(reference))
+        clear = margin > 2 * spread
+        decided = float(same[clear].mean()) if clear.any() else 1.0
+        allowed = noise.agreeing - max(SHARE_TOLERANCE, 2 / len(reference))
+        if agreeing < allowed:
+            failures.append(f"{agreeing:.1%} of samples agree, torch's own float64 agrees on {noise.agreeing:.1%}")
+        limit = max(MEAN_TOLERANCE, 2 * noise.mean_difference)
+        if not mean <= limit:
+            failures.append(f"mean difference {mean:.2%} of the standard deviation, allowed {limit:.2%}")
+        if decided < 1.0:
+            failures.append(f"top-1 differs on {1 - decided:.1%} of the samples where torch decides clearly")
+    return Agreement(name, agreeing, mean, float(worst.max()), float(same.mean()), decided, required, tuple(failures))
+
+
+def _run_openvino(compiled: ov.CompiledModel, inputs: np.ndarray) -> np.ndarray:
+    return _output(np.concatenate([compiled({0: x})[0] for x in np.split(inputs, range(BATCH, len(inputs), BATCH))]))
+
+
+def _run_onnxruntime(path: Path, inputs: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return _output(
+        np.concatenate([session.run(None, {name: x})[0] for x in np.split(inputs, range(BATCH, len(inputs), BATCH))])
+    )
+
+
+def _single(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    msg = f"The model returns {type(output).__name__}; verification needs one tensor. Wrap it to return its logits."
+    raise InputError(msg)
+
+
+def _output(value: Any) -> np.ndarray:
+    array = np.asarray(value, dtype=np.float64)
+    return array.reshape(len(array), -1)

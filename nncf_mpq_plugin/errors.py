@@ -1,0 +1,57 @@
+"""Errors that a user can act on: each message says what happened, why, and what to change."""
+
+from __future__ import annotations
+
+
+class MPQError(Exception):
+    """Base class. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class InputError(MPQError):
+    """A file, table, model or data set that cannot be used as given."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration that is not valid; the message names the key, the value and the nearest valid choice."""
+
+
+class InfeasibleBudgetError(MPQError):
+    """
+    No policy meets the budgets.
+
+    :param budget: the name of the budget that cannot be met.
+    :param requested: the value asked for.
+    :param achievable: the nearest value that some policy reaches (same unit), or None where it is unknown.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, budget: str = "", requested: float | None = None, achievable: float | None = None):
+        super().__init__(message)
+        self.budget = budget
+        self.requested = requested
+        self.achievable = achievable
+
+
+class VerificationError(MPQError):
+    """The deployed model does not agree with the model it was exported from."""
+
+    exit_code = 4
+
+
+class TrainingError(MPQError):
+    """Training diverged; the message names layer, bit width and step. The last good state was kept."""
+
+
+class InterruptedRun(MPQError):
+    """The user stopped the run; its state was saved and the same command continues it."""
+
+    exit_code = 130
+
+
+class UnsupportedModelError(InputError):
+    """The model has something the plugin cannot place quantizers in, quantize or export."""

@@ -1,0 +1,253 @@
+"""Quantization-aware fine-tuning at a fixed policy: one scale per quantizer, as it will be deployed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nncf_mpq_plugin.batches import Batches, first_batches
+from nncf_mpq_plugin.errors import ConfigError
+from nncf_mpq_plugin.loop import History, Loop, make_optimizer
+from nncf_mpq_plugin.placement import QuantizedModel
+from nncf_mpq_plugin.quantizer import least_error_scale
+from nncf_mpq_plugin.training import (
+    LossFunction,
+    Progress,
+    cross_entropy,
+    device_of,
+    evaluation_mode,
+    floating_point_copy,
+    named_quantizers,
+    output_distance,
+)
+from nncf_mpq_plugin.types import Policy
+
+GRANULARITIES = ("channel", "tensor")
+INITIALIZATIONS = ("statistics", "trained")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """
+    How fine-tuning is done. "Published" means the authors' ``finetune_resnet50_w3a4...yaml``.
+
+    :param epochs: passes over the data. Published: 90.
+    :param learning_rate: top of the cosine. Published: 0.04 at batch 512.
+    :param scale_learning_rate: the same for scales; None takes ``learning_rate`` (published).
+    :param momentum: of SGD, or Adam's first beta. Published: 0.9.
+    :param nesterov: see ``momentum``.
+    :param weight_decay: of weights only. Published: 2.5e-5.
+    :param gradient_clip: element by element; None for none (published).
+    :param warmup_epochs: epochs of linear rise. Published: 5 of 90.
+    :param optimizer: ``sgd`` or ``adam``.
+    :param label_smoothing: of the cross entropy. Published: 0.1.
+    :param distillation: share of the distance to the teacher's outputs in the loss.
+    :param label_free: the loss is that distance alone; targets are not read.
+    :param weight_granularity: ``channel``: one weight scale per output channel; ``tensor``: one per layer.
+    :param scale_initialization: ``trained``: start from the scales of joint training; ``statistics``: from the step
+        with the least squared error, of the weights and of the activations of ``calibration_samples`` samples.
+    :param calibration_samples: see ``scale_initialization``.
+    :param data_fraction: share of the training samples to use.
+    :param seed: decides the data order.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 0.01
+    scale_learning_rate: float | None = None
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 2.5e-5
+    gradient_clip: float | None = 1.0
+    warmup_epochs: float = 0.5
+    optimizer: str = "sgd"
+    label_smoothing: float = 0.0
+    distillation: float = 0.0
+    label_free: bool = False
+    weight_granularity: str = "channel"
+    scale_initialization: str = "trained"
+    calibration_samples: int = 256
+    data_fraction: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """
+    :param policy: the bit widths that the model now has.
+    :param history: loss and scales over the training.
+    :param steps: optimizer steps taken.
+    :param seconds: how long this call took.
+    """
+
+    policy: Policy
+    history: History
+    steps: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """:return: a JSON-serialisable object."""
+        return {
+            "policy": self.policy.to_json(),
+            "history": self.history.to_json(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+
+
+def reduce_to_policy(
+    quantized: QuantizedModel,
+    policy: Policy,
+    calibration: Sequence[Tensor],
+    *,
+    weight_granularity: str = "channel",
+    initialization: str = "trained",
+) -> None:
+    """
+    Keep one scale per quantizer, in place, and turn on ``snap`` behind stored tensors.
+
+    :param policy: bit widths of the searchable layers.
+    :param calibration: input batches; the first one suffices for ``trained``.
+    :param weight_granularity: ``channel`` or ``tensor``.
+    :param initialization: ``statistics``: every scale is the step with the least squared error. ``trained``: the
+        present scales are kept; where one becomes many, each channel's least-error step times what the trained scale
+        was to the tensor's least-error step.
+    :raises ConfigError: for an unknown granularity or initialization.
+    :raises InputError: if the policy does not fit the model.
+    """
+    if weight_granularity not in GRANULARITIES:
+        msg = f"weight_granularity: {weight_granularity!r} is not known; choose one of {', '.join(GRANULARITIES)}."
+        raise ConfigError(msg)
+    if initialization not in INITIALIZATIONS:
+        msg = f"scale_initialization: {initialization!r} is not known; choose one of {', '.join(INITIALIZATIONS)}."
+        raise ConfigError(msg)
+    quantized.select(policy.layers)
+    named = named_quantizers(quantized)
+    for quantizer in named.values():
+        quantizer.keep_only(quantizer.active)
+        quantizer.snap = quantizer.behind is not None
+    from_statistics = initialization == "statistics"
+    observed = [quantizer for quantizer in named.values() if quantizer.weight or from_statistics]
+    for quantizer in observed:
+        quantizer.start_observing()
+    with torch.no_grad(), evaluation_mode(quantized.model):
+        for batch in calibration if from_statistics else calibration[:1]:
+            quantized.model(batch.to(device_of(quantized.model)))
+    for quantizer in observed:
+        trained = quantizer.scale().detach().clone()
+        values = quantizer.observed_values()
+        if quantizer.weight:
+            per_channel = weight_granularity == "channel"
+            shape = (values.shape[0],) + (1,) * (values.dim() - 1) if per_channel else (1,)
+            quantizer.set_scale_shape(shape)
+        quantizer.initialize(values)
+        if quantizer.weight and not from_statistics:
+            scale = quantizer.scale().data
+            if trained.numel() == scale.numel():
+                scale.copy_(trained.reshape(scale.shape))
+            else:
+                low, high = quantizer.integer_range()
+                scale *= trained.mean() / least_error_scale(values, (1,), low, high)
+
+
+def finetune(
+    quantized: QuantizedModel,
+    policy: Policy,
+    loader: Any,
+    config: FinetuneConfig,
+    *,
+    loss_fn: LossFunction | None = None,
+    teacher: nn.Module | None = None,
+    state_dir: Path | None = None,
+    progress: Progress | None = None,
+    device: torch.device | str | None = None,
+    save_every: int = 50,
+) -> FinetuneResult:
+    """
+    Train the model at a policy, in place; it is in evaluation mode afterwards and has one scale per quantizer.
+
+    :param quantized: with the weights to start from.
+    :param policy: bit widths of the searchable layers.
+    :param loader: see :class:`Batches`.
+    :param loss_fn: (output, target) -> loss; default: cross entropy with the config's label smoothing.
+    :param teacher: model whose outputs ``distillation`` and ``label_free`` compare with; default: a copy of this model
+        as it is at the start, quantizers off.
+    :param state_dir: where the state is kept; the same call goes on from there and ends bit for bit the same on a CPU
+        with the same number of threads.
+    :param progress: called after each step.
+    :param device: default: where the model is.
+    :param save_every: steps between saves (one is made at the end of each epoch as well).
+    :raises TrainingError: if training diverges.
+    :raises InterruptedRun: on Ctrl-C, after saving.
+    :raises InputError: for a policy, data or a saved state that cannot be used.
+    :raises ConfigError: for an unknown optimizer, granularity or initialization.
+    """
+    begin = time.perf_counter()
+    model = quantized.model
+    device = device_of(model) if device is None else torch.device(device)
+    model.to(device)
+    if teacher is not None:
+        teacher = teacher.to(device).eval()
+    elif config.label_free or config.distillation:
+        teacher = floating_point_copy(model)
+    reduce_to_policy(
+        quantized,
+        policy,
+        first_batches(loader, config.calibration_samples),
+        weight_granularity=config.weight_granularity,
+        initialization=config.scale_initialization,
+    )
+    task_loss = loss_fn or cross_entropy(config.label_smoothing)
+
+    def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
+        output = model(inputs)
+        share = 1.0 if config.label_free else config.distillation
+        loss = torch.zeros((), device=device)
+        if share:
+            assert teacher is not None
+            with torch.no_grad():
+                reference = teacher(inputs)
+            loss = loss + share * output_distance(output, reference)
+        if share < 1:
+            loss = loss + (1 - share) * task_loss(output, target)
+        loss.backward()
+        return {"train": loss}
+
+    loop = Loop(
+        quantized,
+        Batches(loader, seed=config.seed, fraction=config.data_fraction),
+        make_optimizer(
+            quantized,
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            scale_learning_rate=config.scale_learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        ),
+        config.epochs,
+        config.seed,
+        device,
+        fingerprint={"stage": "fine-tuning", **asdict(config), "policy": _bits_of(policy)},
+        gradient_clip=config.gradient_clip,
+        warmup_epochs=config.warmup_epochs,
+        state_dir=state_dir,
+        save_every=save_every,
+        progress=progress,
+    )
+    model.train()
+    try:
+        history = loop.run(compute_gradients)
+    finally:
+        model.eval()
+        loop.optimizer.zero_grad(set_to_none=True)
+    return FinetuneResult(quantized.policy(), history, history.steps[-1], time.perf_counter() - begin)
+
+
+def _bits_of(policy: Policy) -> dict[str, list[int]]:
+    return {name: [bits.weight, bits.activation] for name, bits in policy.layers.items()}

@@ -1,0 +1,400 @@
+"""
+The stages in order, from a config to verified deployable files.
+
+Each stage reads files of the run folder and writes files into it; nothing else passes between stages. So each can be
+run alone, and a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nncf_mpq_plugin.adapters.nncf3 import NNCFQuantizedModel, freeze, load_model, place, save_model
+from nncf_mpq_plugin.allocation import search
+from nncf_mpq_plugin.batches import Batches, split_batch
+from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
+from nncf_mpq_plugin.comparison import uniform
+from nncf_mpq_plugin.config import Config
+from nncf_mpq_plugin.data import Data, check_data, load_data
+from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
+from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
+from nncf_mpq_plugin.floating import FloatConfig, train_float
+from nncf_mpq_plugin.importance import importance_from_scales
+from nncf_mpq_plugin.joint import JointConfig, train_jointly
+from nncf_mpq_plugin.models import build_model, check_model, load_weights
+from nncf_mpq_plugin.runfolder import RunFolder
+from nncf_mpq_plugin.summary import summarize
+from nncf_mpq_plugin.training import Evaluation, LossFunction, evaluate, set_weights, weights_of
+from nncf_mpq_plugin.types import ImportanceTable, Policy, read_json, write_json
+
+FLOAT_MODEL, FLOAT_METRICS = "float/model.safetensors", "float/metrics.json"
+JOINT_MODEL, JOINT_HISTORY = "joint/model.safetensors", "joint/history.json"
+IMPORTANCE, POLICY, UNIFORM_POLICY = "importance.json", "policy.json", "uniform_policy.json"
+MODEL, MODEL_CONFIG, MODEL_METRICS = "model/model.safetensors", "model/nncf_config.json", "model/metrics.json"
+UNIFORM_METRICS = "uniform/metrics.json"
+ONNX, IR, IR_WEIGHTS = "deploy/model.onnx", "deploy/model.xml", "deploy/model.bin"
+VERIFICATION, SUMMARY = "verify.json", "summary.json"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """
+    Who wants to know how a run goes.
+
+    :param log: called with a line of text.
+    :param progress: called with the stage, steps done, steps in all and the latest numbers.
+    """
+
+    log: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int, Mapping[str, float]], None] = lambda stage, done, total, numbers: None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """
+    What a run works on.
+
+    :param build: makes the model anew, with the same initial weights each time.
+    :param load_data: makes the loaders.
+    :param loss: (output, target) -> loss; None for cross entropy.
+    :param classification: whether targets are class numbers, which are checked against the model's outputs.
+    """
+
+    build: Callable[[], nn.Module]
+    load_data: Callable[[], Data]
+    loss: LossFunction | None = None
+    classification: bool = True
+
+
+def sources_of(config: Config, *, allow_code: bool = False) -> Sources:
+    """
+    What a config names.
+
+    :param allow_code: whether callables outside torchvision and this package may be imported.
+    :raises InputError: if the run was made by :func:`nncf_mpq_plugin.quantize`, whose model is in no file.
+    """
+    if config.model.startswith("python:"):
+        msg = "This run was begun from Python with a model of its own; go on with the same quantize(...) call there."
+        raise InputError(msg)
+
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return build_model(config.model, config.model_arguments, allow_code=allow_code)
+
+    def load() -> Data:
+        data = config.data
+        return load_data(
+            data.source,
+            config.sample_size,
+            batch_size=data.batch_size,
+            workers=data.workers,
+            arguments=data.arguments,
+            allow_code=allow_code,
+        )
+
+    return Sources(build, load)
+
+
+@dataclass
+class Pipeline:
+    """
+    A run: a folder, what it works on, and who listens.
+
+    :param folder: the run's folder.
+    :param sources: the model, the data and the loss.
+    :param listener: gets log lines and progress.
+    """
+
+    folder: RunFolder
+    sources: Sources
+    listener: Listener = field(default_factory=Listener)
+
+    def run(self) -> dict[str, Any]:
+        """
+        Run every stage that is not done.
+
+        :return: the summary, as in summary.json.
+        :raises MPQError: as the stages do. What was done stays, and the next call goes on from there.
+        """
+        for name in STAGES:
+            self.run_stage(name)
+        summary: dict[str, Any] = read_json(self.folder.file(SUMMARY))
+        return summary
+
+    def run_stage(self, name: str) -> bool:
+        """
+        Run one stage on the saved outputs of those before it.
+
+        :param name: a key of :data:`STAGES`.
+        :return: False if it was done already on the same inputs.
+        :raises InputError: if an output of an earlier stage is missing.
+        """
+        stage = STAGES[name]
+        if not stage.wanted(self.folder):
+            return False
+        inputs = [*stage.inputs, *(extra for extra in stage.optional if self.folder.file(extra).exists())]
+        if self.folder.is_done(name, inputs, stage.outputs):
+            self._log(f"{stage.title}: done already")
+            return False
+        missing = next((file for file in inputs if not self.folder.file(file).exists()), "")
+        maker = next((other for other, made in STAGES.items() if missing in made.outputs), name)
+        hint = f"Run that stage first: nncf-mpq {STAGES[maker].command} {self.folder.path}"
+        self.folder.begin(name, inputs, needed_by=hint)
+        self._log(f"{stage.title} ...")
+        begin = time.perf_counter()
+        stage.function(self)
+        self.folder.finish(name, inputs)
+        self._log(f"{stage.title}: done in {time.perf_counter() - begin:.1f} s")
+        return True
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where training runs."""
+        name = self.folder.config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            msg = "device: 'cuda' is asked for, but torch finds no CUDA device. Use 'auto' or 'cpu'."
+            raise InputError(msg)
+        return torch.device(name)
+
+    @cached_property
+    def data(self) -> Data:
+        """The loaders, checked once against the model."""
+        data = self.sources.load_data()
+        size = self.folder.config.sample_size
+        outputs = check_model(self.sources.build(), torch.zeros(2, *size[1:]))
+        if self.sources.classification:
+            check_data(data, size, outputs)
+        return data
+
+    def example_input(self) -> Tensor:
+        """:return: one sample of the model's input, ``[1, ...]``."""
+        inputs, _ = split_batch(next(iter(self.data.validation)))
+        return inputs[:1]
+
+    def float_model(self) -> nn.Module:
+        """:return: the floating-point model of the first stage, in evaluation mode, on the CPU."""
+        model = self.sources.build().eval()
+        load_weights(model, self.folder.file(FLOAT_MODEL))
+        return model
+
+    def frozen_model(self) -> nn.Module:
+        """:return: the deployable mixed-precision model, with NNCF's own quantizers."""
+        return load_model(self.folder.file("model"), self.sources.build())
+
+    def train_float(self) -> None:
+        """Load or train the floating-point model."""
+        config = self.folder.config
+        model = self.sources.build()
+        if config.checkpoint is not None:
+            load_weights(model, config.checkpoint)
+        elif config.training["epochs"]:
+            train_float(
+                model,
+                self.data.train,
+                FloatConfig(**config.training, seed=config.seed),
+                loss_fn=self.sources.loss,
+                **self._training_arguments("float"),
+            )
+        metrics = self._evaluate(model)
+        save_state(self.folder.file(FLOAT_MODEL), model.state_dict(), {})
+        write_json(self.folder.file(FLOAT_METRICS), metrics)
+
+    def train_importance(self) -> None:
+        """Place quantizers, train one scale per bit width, and write the importance table."""
+        config = self.folder.config
+        quantized = self._place()
+        original = weights_of(quantized.model)
+        result = train_jointly(
+            quantized,
+            self.data.train,
+            JointConfig(**config.joint_training, seed=config.seed),
+            loss_fn=self.sources.loss,
+            **self._training_arguments("importance"),
+        )
+        table = importance_from_scales(quantized, config.model, f"joint training, {result.steps} steps")
+        if config.keep_weights == "original":
+            set_weights(quantized.model, original)
+        save_state(self.folder.file(JOINT_MODEL), model_tensors(quantized.model), {})
+        write_json(self.folder.file(JOINT_HISTORY), result.to_json())
+        table.save(self.folder.file(IMPORTANCE))
+
+    def search(self) -> None:
+        """Find the policy, and the uniform one to compare it with."""
+        config = self.folder.config
+        table = ImportanceTable.load(self.folder.file(IMPORTANCE))
+        solution = search(table, config.budget, alpha=config.alpha, out_of_order=config.out_of_order)
+        self.folder.file(UNIFORM_POLICY).unlink(missing_ok=True)
+        try:
+            uniform(table, config.budget).save(self.folder.file(UNIFORM_POLICY))
+        except InfeasibleBudgetError as error:
+            self._log(f"  There is no uniform policy to compare with: {error}")
+        for correction in solution.corrections:
+            became = "left out" if correction.used is None else f"replaced by {correction.used:.4g}"
+            self._log(
+                f"  {correction.layer}: {correction.tensor} importance at {correction.bits} bits "
+                f"({correction.importance:.4g}) is above that of fewer bits: {became}"
+            )
+        solution.policy.save(self.folder.file(POLICY))
+
+    def finetune(self) -> None:
+        """Fine-tune at the policy's bits and freeze."""
+        frozen = self._finetuned(Policy.load(self.folder.file(POLICY)), "finetune")
+        metrics = self._evaluate(frozen)
+        save_model(self.folder.file("model"), frozen)
+        write_json(self.folder.file(MODEL_METRICS), metrics)
+
+    def finetune_uniform(self) -> None:
+        """Fine-tune the uniform policy of the same budget under the same schedule, for comparison."""
+        frozen = self._finetuned(Policy.load(self.folder.file(UNIFORM_POLICY)), "uniform")
+        write_json(self.folder.file(UNIFORM_METRICS), self._evaluate(frozen))
+
+    def export(self) -> None:
+        """Write the deployable files."""
+        from nncf_mpq_plugin.deploy import export
+
+        export(self.frozen_model(), self.example_input(), self.folder.file("deploy"))
+
+    def verify(self) -> None:
+        """
+        Compare the deployable files with the torch model on validation samples.
+
+        :raises VerificationError: if they disagree; verify.json says by how much.
+        """
+        from nncf_mpq_plugin.deploy import verify
+
+        samples = (split_batch(batch)[0] for batch in self.data.validation)
+        report = verify(self.frozen_model(), self.folder.file("deploy"), samples, self.folder.config.verify_samples)
+        write_json(self.folder.file(VERIFICATION), report.to_json())
+        report.check()
+
+    def summarize(self) -> None:
+        """Write summary.json."""
+        metrics = {"float": FLOAT_METRICS, "mixed": MODEL_METRICS, "uniform": UNIFORM_METRICS}
+        uniform_policy = self.folder.file(UNIFORM_POLICY)
+        summary = summarize(
+            ImportanceTable.load(self.folder.file(IMPORTANCE)),
+            Policy.load(self.folder.file(POLICY)),
+            Policy.load(uniform_policy) if uniform_policy.exists() else None,
+            {
+                name: read_json(self.folder.file(file))
+                for name, file in metrics.items()
+                if self.folder.file(file).exists()
+            },
+            read_json(self.folder.file(VERIFICATION)),
+        )
+        write_json(self.folder.file(SUMMARY), summary)
+
+    def _place(self) -> NNCFQuantizedModel:
+        config = self.folder.config
+        samples, calibration = config.num_init_samples, []
+        for inputs, _ in Batches(self.data.train, seed=config.seed).epoch(0):
+            calibration.append(inputs[:samples])
+            samples -= len(inputs)
+            if samples <= 0:
+                break
+        return place(
+            self.float_model(),
+            self.example_input(),
+            calibration,
+            bits=config.bits,
+            fixed_bits=config.fixed_bits,
+            ignored_scopes=config.ignored_scopes,
+            target=config.target,
+        )
+
+    def _finetuned(self, policy: Policy, stage: str) -> nn.Module:
+        config = self.folder.config
+        quantized = self._place()
+        restore_tensors(quantized.model, load_state(self.folder.file(JOINT_MODEL))[0])
+        finetune(
+            quantized,
+            policy,
+            self.data.train,
+            FinetuneConfig(**config.fine_tuning, seed=config.seed),
+            loss_fn=self.sources.loss,
+            **self._training_arguments(stage),
+        )
+        quantized.model.cpu()
+        return freeze(quantized)
+
+    def _training_arguments(self, stage: str) -> dict[str, Any]:
+        return {
+            "state_dir": self.folder.state(stage),
+            "device": self.device,
+            "progress": lambda done, total, numbers: self.listener.progress(stage, done, total, numbers),
+        }
+
+    def _evaluate(self, model: nn.Module) -> dict[str, Any]:
+        result: Evaluation = evaluate(
+            model.to(self.device), self.data.validation, self.device, loss_fn=self.sources.loss
+        )
+        model.cpu()
+        return {"accuracy": result.accuracy, "loss": result.loss, "samples": result.samples}
+
+    def _log(self, text: str) -> None:
+        self.folder.log(text)
+        self.listener.log(text)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    :param title: for people.
+    :param command: the command that runs it.
+    :param inputs: files of the run folder that it reads.
+    :param outputs: files that it writes.
+    :param optional: files that it reads where they exist.
+    :param wanted: whether the config asks for it.
+    """
+
+    title: str
+    command: str
+    function: Callable[[Pipeline], None]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    wanted: Callable[[RunFolder], bool] = lambda folder: True
+
+
+STAGES: Mapping[str, Stage] = {
+    "float": Stage("Floating-point model", "run", Pipeline.train_float, (), (FLOAT_MODEL, FLOAT_METRICS)),
+    "importance": Stage(
+        "Joint training and importance",
+        "train-importance",
+        Pipeline.train_importance,
+        (FLOAT_MODEL,),
+        (JOINT_MODEL, JOINT_HISTORY, IMPORTANCE),
+    ),
+    "search": Stage("Search", "search", Pipeline.search, (IMPORTANCE,), (POLICY,)),
+    "finetune": Stage(
+        "Fine-tuning", "finetune", Pipeline.finetune, (JOINT_MODEL, POLICY), (MODEL, MODEL_CONFIG, MODEL_METRICS)
+    ),
+    "uniform": Stage(
+        "Fine-tuning of the uniform policy",
+        "finetune",
+        Pipeline.finetune_uniform,
+        (JOINT_MODEL, UNIFORM_POLICY),
+        (UNIFORM_METRICS,),
+        wanted=lambda folder: folder.config.uniform_baseline and folder.file(UNIFORM_POLICY).exists(),
+    ),
+    "export": Stage("Export", "export", Pipeline.export, (MODEL, MODEL_CONFIG), (ONNX, IR, IR_WEIGHTS)),
+    "verify": Stage("Verification", "verify", Pipeline.verify, (MODEL, ONNX, IR, IR_WEIGHTS), (VERIFICATION,)),
+    "summary": Stage(
+        "Summary",
+        "run",
+        Pipeline.summarize,
+        (IMPORTANCE, POLICY, FLOAT_METRICS, MODEL_METRICS, VERIFICATION),
+        (SUMMARY,),
+        optional=(UNIFORM_METRICS, UNIFORM_POLICY),
+    ),
+}

@@ -1,0 +1,113 @@
+"""
+What an adapter hands to training: a model with quantizers in place, and the map from layers to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.quantizer import MultiBitQuantizer
+from nncf_mpq_plugin.types import LayerBits, LayerCost, Policy
+
+
+@dataclass(frozen=True)
+class PlacedLayer:
+    """
+    A weighted layer with quantizers on its weight and its input.
+
+    :param cost: name, MACs, weights and activation group.
+    :param fixed: its bit widths where they are not searched, otherwise None.
+    """
+
+    cost: LayerCost
+    fixed: LayerBits | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """
+    A model whose quantizers are :class:`MultiBitQuantizer` modules inside it.
+
+    :param model: called like the user's model; the quantizers are its submodules and train with it.
+    :param layers: every weighted layer in the model's order, searchable and fixed.
+    :param weight_quantizers: layer name -> quantizer of its weight.
+    :param activation_quantizers: activation group -> quantizer that its layers read their input through.
+    :param positive: batch norm weights behind quantized layers; folding them must not change a weight's sign.
+    :param stored_quantizers: hook name -> 8-bit quantizer of a tensor that several operations read. Never searched.
+    """
+
+    model: nn.Module
+    layers: tuple[PlacedLayer, ...]
+    weight_quantizers: Mapping[str, MultiBitQuantizer]
+    activation_quantizers: Mapping[str, MultiBitQuantizer]
+    stored_quantizers: Mapping[str, MultiBitQuantizer]
+    positive: tuple[nn.Parameter, ...] = ()
+
+    def after_step(self) -> None:
+        """Keep the parameters in ``positive`` at or above 1e-4; called after each optimizer step."""
+        with torch.no_grad():
+            for parameter in self.positive:
+                parameter.clamp_(min=1e-4)
+
+    @property
+    def searchable(self) -> tuple[PlacedLayer, ...]:
+        """Layers whose bit widths are searched."""
+        return tuple(layer for layer in self.layers if layer.fixed is None)
+
+    @property
+    def searchable_groups(self) -> tuple[str, ...]:
+        """Activation groups of the searchable layers, in order, each once."""
+        return tuple(dict.fromkeys(layer.cost.activation_group for layer in self.searchable))
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Candidate bit widths, ascending."""
+        return tuple(sorted({b for layer in self.searchable for b in self.weight_quantizers[layer.cost.name].bits}))
+
+    def select(self, policy: Mapping[str, LayerBits]) -> None:
+        """
+        Set the active bit width of every searchable layer.
+
+        :param policy: searchable layer name -> bit widths; layers of one activation group must agree.
+        :raises InputError: if layers are missing or unknown, or a group's layers disagree.
+        """
+        names = {layer.cost.name for layer in self.searchable}
+        if set(policy) != names:
+            missing, unknown = sorted(names - set(policy)), sorted(set(policy) - names)
+            msg = f"The policy does not fit the model: layers missing {missing[:5]}, unknown {unknown[:5]}."
+            raise InputError(msg)
+        chosen: dict[str, int] = {}
+        for layer in self.searchable:
+            bits, group = policy[layer.cost.name], layer.cost.activation_group
+            if chosen.setdefault(group, bits.activation) != bits.activation:
+                msg = (
+                    f"Layer {layer.cost.name!r} asks for {bits.activation} activation bits, but another layer that "
+                    f"reads the same tensor (activation group {group!r}) asks for {chosen[group]}. Give them one width."
+                )
+                raise InputError(msg)
+            self.weight_quantizers[layer.cost.name].select(bits.weight)
+            self.activation_quantizers[group].select(bits.activation)
+
+    def select_uniform(self, bits: int) -> None:
+        """Set weights and activations of every searchable layer to ``bits``."""
+        self.select({layer.cost.name: LayerBits(bits, bits) for layer in self.searchable})
+
+    def policy(self) -> Policy:
+        """:return: the active bit widths of every layer."""
+        chosen = {
+            layer.cost.name: LayerBits(
+                self.weight_quantizers[layer.cost.name].active,
+                self.activation_quantizers[layer.cost.activation_group].active,
+            )
+            for layer in self.layers
+        }
+        fixed = {layer.cost.name for layer in self.layers if layer.fixed is not None}
+        return Policy(
+            {name: bits for name, bits in chosen.items() if name not in fixed},
+            {name: bits for name, bits in chosen.items() if name in fixed},
+        )

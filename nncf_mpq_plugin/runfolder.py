@@ -1,0 +1,195 @@
+"""
+A run's folder: its config, its log, and which stages are done.
+
+A stage is done when its marker says so, and its marker names the digests of the files that the stage read. So a stage
+runs again when something before it has changed (a policy edited by hand, say), and goes on from its own saved state
+when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nncf_mpq_plugin.config import Config, differences
+from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.types import read_json, write_json
+
+PACKAGES = ("nncf-mpq-plugin", "torch", "torchvision", "nncf", "openvino", "onnx", "onnxruntime", "mip", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """
+    :param path: the folder.
+    :param config: the run's config.
+    """
+
+    path: Path
+    config: Config
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config, *, restart: bool = False) -> RunFolder:
+        """
+        Make the folder, or take up the one that is there.
+
+        :param restart: remove what an earlier run left there first.
+        :raises InputError: if it belongs to a run with another config (the message shows the difference), holds
+            something else, or cannot be written.
+        """
+        path = Path(path)
+        saved = path / "config.json"
+        try:
+            if saved.exists() and restart:
+                for name in RUN_CONTENT:
+                    _remove(path / name)
+                write_json(saved, config.to_json())
+            if saved.exists():
+                changes = differences(read_json(saved), config.to_json())
+                if changes:
+                    lines = "\n".join(f"  {change}" for change in changes)
+                    msg = (
+                        f"{path} holds a run with another config:\n{lines}\n"
+                        "Choose another --output, or begin anew with --restart (which removes that run)."
+                    )
+                    raise InputError(msg)
+            elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+                msg = f"{path} is not empty and holds no run (no config.json). Choose another --output."
+                raise InputError(msg)
+            else:
+                write_json(saved, config.to_json())
+            if not (path / "versions.json").exists():
+                write_json(path / "versions.json", versions())
+        except OSError as error:
+            msg = f"{path}: cannot be written ({error.strerror or error}). Choose another --output."
+            raise InputError(msg) from error
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """
+        Take up a run by its folder alone.
+
+        :raises InputError: if there is no run.
+        """
+        saved = Path(path) / "config.json"
+        if not saved.is_file():
+            msg = f"{path}: there is no run (no config.json in it). Begin one with: nncf-mpq run CONFIG --output {path}"
+            raise InputError(msg)
+        return cls(Path(path), Config.load(saved))
+
+    def file(self, name: str) -> Path:
+        """:return: the path of a file of the run."""
+        return self.path / name
+
+    def state(self, stage: str) -> Path:
+        """:return: the folder of what a stage needs to go on."""
+        return self.path / "state" / stage
+
+    def log(self, text: str) -> None:
+        """Append a line to log.txt, with the time."""
+        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def is_done(self, stage: str, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
+        """:return: whether the stage has run on the inputs as they are, and its outputs are there."""
+        marker = self._marker(stage)
+        if not marker.exists() or not all(self.file(name).exists() for name in outputs):
+            return False
+        return bool(read_json(marker) == self._digests(inputs))
+
+    def begin(self, stage: str, inputs: Sequence[str], *, needed_by: str) -> None:
+        """
+        Prepare a stage: drop a saved state that belongs to other inputs.
+
+        :param needed_by: how to say in a message what is to run first.
+        :raises InputError: if an input is missing.
+        """
+        for name in inputs:
+            if not self.file(name).exists():
+                msg = f"{self.path}: the stage {stage!r} needs {name}, which is not there yet. {needed_by}"
+                raise InputError(msg)
+        begun = self.state(stage) / "inputs.json"
+        digests = self._digests(inputs)
+        if begun.exists() and read_json(begun) == digests:
+            return
+        _remove(self.state(stage))
+        _remove(self._marker(stage))
+        write_json(begun, digests)
+
+    def finish(self, stage: str, inputs: Sequence[str]) -> None:
+        """Mark a stage as done."""
+        write_json(self._marker(stage), self._digests(inputs))
+
+    def _marker(self, stage: str) -> Path:
+        return self.path / "state" / f"{stage}.done.json"
+
+    def _digests(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: _digest(self.file(name)) for name in names}
+
+
+RUN_CONTENT = (
+    *("float", "joint", "importance.json", "policy.json", "uniform_policy.json", "uniform", "model", "deploy"),
+    *(
+        "verify.json",
+        "benchmark.json",
+        "report.html",
+        "summary.json",
+        "log.txt",
+        "state",
+        "versions.json",
+        "config.json",
+    ),
+)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """
+    Make the folder and keep other processes out of it; the lock goes with the process, however that ends.
+
+    :raises InputError: if another process works in it, or it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        file = open(Path(path) / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        msg = f"{path}: cannot be written ({error.strerror or error}). Choose another --output."
+        raise InputError(msg) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            msg = f"{path}: another process is working on this run. Wait for it, or choose another --output."
+            raise InputError(msg) from error
+        yield
+
+
+def versions() -> dict[str, Any]:
+    """:return: what the run was made with."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

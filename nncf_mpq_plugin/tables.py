@@ -1,0 +1,106 @@
+"""Tables for people: rich renderables of policies, runs and verifications. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """
+    :param rows: entries of :func:`nncf_mpq_plugin.summary.layer_rows`.
+    :return: one row a layer: bits, share of BitOps, importance at the chosen bits.
+    """
+    table = Table(title="Policy", title_justify="left")
+    table.add_column("layer", no_wrap=True, min_width=max((len(row["name"]) for row in rows), default=0))
+    for heading in ("weight\nbits", "act.\nbits", "share of\nBitOps", "weight\nimportance", "act.\nimportance"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            str(row["weight"]),
+            str(row["activation"]),
+            f"{row['bitops_share']:.1%}",
+            _number(row.get("weight_importance")) if row["searched"] else "fixed",
+            _number(row.get("activation_importance")) if row["searched"] else "fixed",
+        )
+    return table
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """
+    :param results: the ``results`` of a summary.
+    :return: one row each for floating point, uniform and mixed bits.
+    """
+    table = Table("", title="Result", title_justify="left")
+    for heading in ("accuracy", "loss", "bits\nW / A", "BitOps", "weights", "compression"):
+        table.add_column(heading, justify="right")
+    for name, row in results.items():
+        average = row["average_bits"]
+        table.add_row(
+            name,
+            "-" if row.get("accuracy") is None else f"{row['accuracy']:.2%}",
+            _number(row.get("loss")),
+            f"{average['weight']:.2f} / {average['activation']:.2f}".replace("32.00", "32"),
+            quantity(row["all_bitops"]),
+            f"{quantity(row['weight_bytes'])}B",
+            f"{row['compression_ratio']:.2f}x",
+        )
+    return table
+
+
+def verification_table(report: Mapping[str, Any]) -> Table:
+    """
+    :param report: content of verify.json.
+    :return: one row a runtime.
+    """
+    table = Table("runtime", title=f"Agreement with torch on {report['samples']} samples", title_justify="left")
+    for heading in ("samples that\nagree", "mean difference\n(of the std)", "same\ntop-1", ""):
+        table.add_column(heading, justify="right")
+    for row in [report["torch_float64"], *report["runtimes"]]:
+        verdict = "ok" if not row["failures"] else "fails"
+        if not row["required"]:
+            verdict = "reference"
+        table.add_row(
+            row["name"], f"{row['agreeing']:.1%}", f"{row['mean_difference']:.4%}", f"{row['top1']:.1%}", verdict
+        )
+    return table
+
+
+def search_lines(report: Mapping[str, Any], totals: Mapping[str, Any]) -> list[str]:
+    """
+    :param report: a policy as JSON, with what the search reports.
+    :param totals: of :func:`nncf_mpq_plugin.summary.totals`.
+    :return: what the search came to, in words.
+    """
+    average = totals["average_bits"]
+    lines = [
+        f"{quantity(totals['bitops'])}BitOps in the searched layers, weights {quantity(totals['weight_bytes'])}B, "
+        f"compression {totals['compression_ratio']:.2f}x, average bits {average['weight']:.2f} / "
+        f"{average['activation']:.2f}"
+    ]
+    if "status" in report:
+        lines.append(f"{report['status']}, objective {report['objective']:.6f}, {report['seconds']:.2f} s")
+    for name, budget in report.get("budgets", {}).items():
+        lines.append(f"budget {name}: asked {budget['requested']:.6g}, reached {budget['achieved']:.6g}")
+    for correction in report.get("corrections", []):
+        became = "left out" if correction["used"] is None else f"replaced by {correction['used']:.4g}"
+        lines.append(
+            f"out of order: {correction['layer']}, {correction['tensor']} at {correction['bits']} bits, {became}"
+        )
+    return lines
+
+
+def quantity(value: float) -> str:
+    """:return: ``value`` with three digits and a decimal prefix, e.g. ``36.1 G``."""
+    prefixes = ["", "k", "M", "G", "T"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,73 @@
+"""Small networks that the tests share."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """A residual block, with a convolution on the shortcut where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Residual(nn.Module):
+    """Stem, an identity block, a downsampling block, pooling, classifier; input ``[N, 3, 16, 16]``, 10 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.block1 = Block(8, 8)
+        self.block2 = Block(8, 16, 2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block2(self.block1(self.relu(self.bn(self.stem(x)))))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+class Branches(nn.Module):
+    """Two convolutions that read one tensor, their concatenation, a depthwise convolution, and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.left = nn.Conv2d(8, 8, 1)
+        self.right = nn.Conv2d(8, 8, 3, 1, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, 1, 1, groups=16, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.hidden = nn.Linear(16, 12)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
+        x = torch.relu(self.bn(self.depthwise(x)))
+        return self.head(torch.relu(self.hidden(x.mean((2, 3)))))
+
+
+def prepared(network: type[nn.Module], seed: int = 0) -> nn.Module:
+    """:return: a network in evaluation mode with batch norm statistics unlike the defaults, negative weights too."""
+    torch.manual_seed(seed)
+    model = network().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.7)
+            nn.init.normal_(module.bias, 0, 0.3)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model

@@ -1,0 +1,136 @@
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from small_net import data, small_model
+
+from nncf_mpq_plugin.errors import ConfigError, InputError
+from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, reduce_to_policy
+from nncf_mpq_plugin.loop import Loop
+from nncf_mpq_plugin.training import evaluate, named_quantizers
+from nncf_mpq_plugin.types import LayerBits, Policy
+
+POLICY = Policy(
+    {"depthwise": LayerBits(4, 3), "pointwise": LayerBits(2, 4), "left": LayerBits(3, 2), "right": LayerBits(4, 2)}
+)
+CONFIG = FinetuneConfig(epochs=2)
+
+
+def state(quantized):
+    return {name: value.clone() for name, value in quantized.model.state_dict().items()}
+
+
+def test_each_quantizer_keeps_one_scale():
+    quantized = small_model()
+    result = finetune(quantized, POLICY, data(), CONFIG)
+    assert result.policy.layers == POLICY.layers
+    assert result.policy.fixed_layers == {"stem": LayerBits(8, 8), "head": LayerBits(8, 8)}
+    for name, quantizer in named_quantizers(quantized).items():
+        assert len(quantizer.scales) == 1, name
+        assert quantizer.snap == (quantizer is quantized.model.q_pair)
+    assert quantized.model.w["left"].scale().shape == (8, 1, 1, 1)
+    assert quantized.model.w["head"].scale().shape == (4, 1)
+    assert quantized.model.q_pair.scale().shape == (1,)
+    assert not quantized.model.training
+    json.dumps(result.to_json())
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("initialization", ["trained", "statistics"])
+def test_reduction_starts_close_to_the_joint_model(granularity, initialization):
+    quantized = small_model()
+    quantized.select(POLICY.layers)
+    batches = [inputs for inputs, _ in data()]
+    scale = quantized.model.w["pointwise"].scale(2).item()
+    before = quantized.model(batches[0])
+    reduce_to_policy(quantized, POLICY, batches, weight_granularity=granularity, initialization=initialization)
+    quantized.model.q_pair.snap = False
+    after = quantized.model(batches[0])
+    if granularity == "tensor" and initialization == "trained":
+        assert torch.equal(before, after)
+        assert quantized.model.w["pointwise"].scale().item() == scale
+    else:
+        assert (before - after).square().mean() < before.var()
+
+
+def test_trained_scales_keep_their_ratio_to_least_error_when_split_by_channel():
+    quantized, doubled = small_model(), small_model()
+    batches = [inputs for inputs, _ in data()]
+    doubled.model.w["left"].scale(3).data *= 2
+    for model in (quantized, doubled):
+        reduce_to_policy(model, POLICY, batches)
+    torch.testing.assert_close(doubled.model.w["left"].scale(), 2 * quantized.model.w["left"].scale())
+
+
+def test_fine_tuning_learns():
+    quantized = small_model()
+    loader = data(128)
+    result = finetune(quantized, POLICY, loader, dataclasses.replace(CONFIG, epochs=10, learning_rate=0.05))
+    assert result.steps == 80
+    assert evaluate(quantized.model, loader).accuracy > 0.8
+
+
+@pytest.mark.parametrize("change", [{"label_free": True}, {"distillation": 0.5}], ids=["label-free", "distillation"])
+def test_teacher_is_the_floating_point_model(change):
+    loader = [inputs for inputs, _ in data()] if "label_free" in change else data()
+    config = dataclasses.replace(CONFIG, epochs=4, learning_rate=0.003, **change)
+    result = finetune(small_model(), POLICY, loader, config)
+    losses = result.history.losses["train"]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_interrupted_fine_tuning_ends_bit_for_bit_the_same(tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=3, distillation=0.3)
+    whole = small_model(dropout=0.3)
+    expected = finetune(whole, POLICY, data(), config)
+
+    def progress(step, total, numbers):
+        if step in (2, 5):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(
+                small_model(dropout=0.3), POLICY, data(), config, state_dir=tmp_path, progress=progress, save_every=1
+            )
+    resumed = small_model(dropout=0.3)
+    result = finetune(resumed, POLICY, data(), config, state_dir=tmp_path, save_every=1)
+    one, other = state(whole), state(resumed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert result.history == expected.history
+    other_policy = Policy({**POLICY.layers, "left": LayerBits(4, 2)})
+    with pytest.raises(InputError, match="policy"):
+        finetune(small_model(dropout=0.3), other_policy, data(), config, state_dir=tmp_path)
+
+
+def test_learning_rate_warms_up_and_falls(monkeypatch):
+    rates = []
+
+    def spy(self, *args):
+        original(self, *args)
+        rates.append(self.optimizer.param_groups[0]["lr"])
+
+    original = Loop._set_rates
+    monkeypatch.setattr(Loop, "_set_rates", spy)
+    config = dataclasses.replace(CONFIG, epochs=3, warmup_epochs=1, learning_rate=0.1)
+    finetune(small_model(), POLICY, data(), config)
+    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert all(a > b for a, b in itertools.pairwise(rates[3:]))
+    assert 0 < rates[-1] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_granularity": "row"}, "channel, tensor"),
+        ({"scale_initialization": "guess"}, "statistics, trained"),
+        ({"optimizer": "x"}, "sgd"),
+    ],
+    ids=["granularity", "initialization", "optimizer"],
+)
+def test_unknown_choices_are_config_errors(change, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(small_model(), POLICY, data(), dataclasses.replace(CONFIG, **change))
