@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from nncf_mpq_plugin.errors import InputError
 
 STATE_FILE = "state.safetensors"
+CHECKSUM_DIGITS = 8  # of a CRC-32, in front of the values
 
 
 def save_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -49,7 +50,8 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[
     os.close(handle)
     try:
         text = json.dumps(values, allow_nan=False)
-        save_file(separate, temporary, metadata={"values": text, "checksum": _checksum(separate, text)})
+        # one entry: safetensors writes several in an arbitrary order, and equal states shall be equal files
+        save_file(separate, temporary, metadata={"state": _checksum(separate, text) + text})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -65,11 +67,12 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            state = (file.metadata() or {})["state"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["checksum"] != _checksum(tensors, metadata["values"]):
+        text = state[CHECKSUM_DIGITS:]
+        if state[:CHECKSUM_DIGITS] != _checksum(tensors, text):
             raise ValueError("the checksum differs: the file is damaged")  # noqa: EM101
-        return tensors, json.loads(metadata["values"])
+        return tensors, json.loads(text)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         msg = f"{path}: not a readable training state ({error}). Delete it to begin this stage anew."
         raise InputError(msg) from error
@@ -81,7 +84,7 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         tensor = tensors[name]
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+    return f"{value:0{CHECKSUM_DIGITS}x}"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -35,6 +35,15 @@ def test_round_trip_of_shared_strided_and_scalar_tensors(tmp_path):
     assert os.listdir(tmp_path / "deep") == ["s.safetensors"]
 
 
+def test_equal_states_are_equal_files(tmp_path):
+    def saved(index: int) -> bytes:
+        path = tmp_path / f"{index}.safetensors"
+        save_state(path, {"a": torch.ones(2), "b": torch.zeros(3)}, {"step": 1, "done": False})
+        return path.read_bytes()
+
+    assert len({saved(index) for index in range(20)}) == 1
+
+
 def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
     path = tmp_path / "s.safetensors"
     save_state(path, {"a": torch.ones(2)}, {"step": 1})
