@@ -13,7 +13,7 @@ import itertools
 
 import numpy as np
 
-from nncf_mpq_plugin.bounds import Choice, Problem
+from nncf_mpq_plugin.allocation.bounds import Choice, Problem
 
 MOST_STATES = 200_000
 MOST_OPTIONS = 5_000
