@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nncf_mpq_plugin.adapters.nncf3 import quiet
 from nncf_mpq_plugin.batches import split_batch
 from nncf_mpq_plugin.config import Config
 from nncf_mpq_plugin.data import Data
@@ -121,7 +122,7 @@ def quantize(
         loss=loss,
         classification=loss is None,
     )
-    with locked(output):
+    with locked(output), quiet():
         folder = RunFolder.create(output, config, restart=restart)
         pipeline = Pipeline(folder, sources, listener or Listener())
         summary = pipeline.run()

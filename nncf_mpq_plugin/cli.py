@@ -295,16 +295,15 @@ def _pipeline(options: argparse.Namespace, out: Console) -> Iterator[Pipeline]:
     with locked(path):
         folder = RunFolder.create(path, config, restart=restart)
         with _progress() as (listen, progress), open(folder.file("log.txt"), "a", encoding="utf-8") as log:
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # importing NNCF makes it speak
+            from nncf_mpq_plugin.adapters.nncf3 import quiet
             from nncf_mpq_plugin.pipeline import Listener, Pipeline, sources_of
-
-            logging.getLogger("nncf").setLevel(logging.ERROR)  # after the import, which sets it
 
             def log_line(text: str) -> None:
                 progress.console.print(text, highlight=False, markup=False)
 
             try:
-                with contextlib.redirect_stdout(log):
+                with contextlib.redirect_stdout(log), quiet():
                     sources = sources_of(config, allow_code=options.allow_code)
                     yield Pipeline(folder, sources, Listener(log_line, listen))
             except (InterruptedRun, KeyboardInterrupt) as error:

@@ -40,7 +40,7 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path, config: Config, *, restart: bool = False) -> RunFolder:
         """
-        Make the folder, or take up the one that is there.
+        Make the folder, or take up the one that is there. A run that left nothing yet may go on with another config.
 
         :param restart: remove what an earlier run left there first.
         :raises InputError: if it belongs to a run with another config (the message shows the difference), holds
@@ -49,23 +49,21 @@ class RunFolder:
         path = Path(path)
         saved = path / "config.json"
         try:
-            if saved.exists() and restart:
-                for name in RUN_CONTENT:
-                    _remove(path / name)
-                write_json(saved, config.to_json())
-            if saved.exists():
-                changes = differences(read_json(saved), config.to_json())
-                if changes:
-                    lines = "\n".join(f"  {change}" for change in changes)
-                    msg = (
-                        f"{path} holds a run with another config:\n{lines}\n"
-                        "Choose another --output, or begin anew with --restart (which removes that run)."
-                    )
-                    raise InputError(msg)
-            elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            if not saved.exists() and path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
                 msg = f"{path} is not empty and holds no run (no config.json). Choose another --output."
                 raise InputError(msg)
-            else:
+            if restart and saved.exists():
+                for name in (*RESULTS, *RECORDS):
+                    _remove(path / name)
+            changes = differences(read_json(saved), config.to_json()) if saved.exists() else []
+            if changes and _left_anything(path):
+                lines = "\n".join(f"  {change}" for change in changes)
+                msg = (
+                    f"{path} holds a run with another config:\n{lines}\n"
+                    "Choose another --output, or begin anew with --restart (which removes that run)."
+                )
+                raise InputError(msg)
+            if changes or not saved.exists():
                 write_json(saved, config.to_json())
             if not (path / "versions.json").exists():
                 write_json(path / "versions.json", versions())
@@ -137,19 +135,16 @@ class RunFolder:
         return {name: _digest(self.file(name)) for name in names}
 
 
-RUN_CONTENT = (
+RESULTS = (
     *("float", "joint", "importance.json", "policy.json", "uniform_policy.json", "uniform", "model", "deploy"),
-    *(
-        "verify.json",
-        "benchmark.json",
-        "report.html",
-        "summary.json",
-        "log.txt",
-        "state",
-        "versions.json",
-        "config.json",
-    ),
+    *("verify.json", "benchmark.json", "report.html", "summary.json"),
 )
+RECORDS = ("log.txt", "state", "versions.json", "config.json")
+
+
+def _left_anything(path: Path) -> bool:
+    """:return: whether a run has a result, or training that can go on."""
+    return any((path / name).exists() for name in RESULTS) or any((path / "state").glob("*/state.safetensors"))
 
 
 @contextlib.contextmanager

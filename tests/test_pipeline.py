@@ -172,6 +172,15 @@ def test_restart_begins_anew_and_leaves_foreign_files(run_copy: Path) -> None:
     assert RunFolder.open(run_copy).config == config
 
 
+def test_a_run_that_left_nothing_takes_the_corrected_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = write_tiny(tmp_path, checkpoint="missing.safetensors", data={"source": "imagefolder:missing"})
+    assert main(["run", str(wrong), "--output", str(tmp_path / "run")]) == 2
+    assert "missing" in capsys.readouterr().err
+    corrected = Config.from_json(tiny())
+    assert RunFolder.create(tmp_path / "run", corrected).config == corrected
+    assert RunFolder.open(tmp_path / "run").config == corrected
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(InputError, match="another process"), locked(tmp_path):
         pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -316,26 +317,36 @@ def _quantize_by_nncf(model: nn.Module, calibration: Sequence[Tensor], ignored_s
             names.append(scope)
         else:
             patterns.append(fnmatch.translate(scope.replace(".", "/") + "/*").removesuffix("\\Z").removesuffix("\\z"))
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        return nncf.quantize(
-            model.eval(),
-            nncf.Dataset(list(calibration)),
-            subset_size=len(calibration),
-            preset=nncf.QuantizationPreset.PERFORMANCE,
-            ignored_scope=nncf.IgnoredScope(names=names, patterns=patterns) if names or patterns else None,
-            advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
-        )
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bar
+            return nncf.quantize(
+                model.eval(),
+                nncf.Dataset(list(calibration)),
+                subset_size=len(calibration),
+                preset=nncf.QuantizationPreset.PERFORMANCE,
+                ignored_scope=nncf.IgnoredScope(names=names, patterns=patterns) if names or patterns else None,
+                advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
+            )
     except Exception as error:
         msg = (
             f"NNCF could not quantize the model ({type(error).__name__}: {error}). It has to be traceable: a forward "
             "without control flow that depends on the data, called with one tensor. Check ignored_scopes as well."
         )
         raise UnsupportedModelError(msg) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep log lines of NNCF, and of torch when NNCF compiles its extension, to errors."""
+    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _take_out_quantizers(quantized: nn.Module) -> tuple[dict[Position, bool], dict[str, str]]:
