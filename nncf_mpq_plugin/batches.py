@@ -56,10 +56,12 @@ class Batches:
     :param loader: yields (input, target), or the input alone.
     :param seed: decides the order and, with ``fraction``, which samples are used.
     :param fraction: share of the samples to use, 0 < fraction <= 1; the same samples in each epoch.
+    :param held_back: use the other samples instead, those that ``fraction`` leaves out; all of them where it leaves
+        out none.
     :raises InputError: if the loader is empty or has no length, or the fraction is not a share.
     """
 
-    def __init__(self, loader: Any, *, seed: int = 0, fraction: float = 1.0):
+    def __init__(self, loader: Any, *, seed: int = 0, fraction: float = 1.0, held_back: bool = False):
         if not 0 < fraction <= 1:
             msg = f"data_fraction must be above 0 and at most 1, got {fraction}."
             raise InputError(msg)
@@ -79,6 +81,8 @@ class Batches:
             raise InputError(msg)
         count = max(1, round(fraction * total))
         order = torch.randperm(total, generator=torch.Generator().manual_seed(derived_seed(seed)))
+        if held_back and count < total:
+            order, count = order[count:], total - count
         self._chosen = order[:count].sort().values
         if self._by_sample:
             size = loader.batch_size
@@ -133,6 +137,16 @@ class Batches:
             torch.manual_seed(derived_seed(self._seed, epoch))
             iterator = iter(self._loader)
         yield from itertools.islice(iterator, start, self._steps)
+
+    def take(self, samples: int) -> list[tuple[Any, Any]]:
+        """:return: (input, target) of the first epoch until there are ``samples``; the last batch is whole."""
+        result = []
+        for inputs, target in self.epoch(0):
+            result.append((inputs, target))
+            samples -= len(inputs)
+            if samples <= 0:
+                break
+        return result
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:

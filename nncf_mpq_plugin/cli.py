@@ -141,12 +141,24 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     budgets = parser.add_argument_group("budgets (all that are given hold together; for a run: default its config's)")
     for name, text in BUDGET_OPTIONS.items():
         budgets.add_argument(f"--{name}", type=float, metavar="N", help=text)
-    parser.add_argument("--alpha", type=float, metavar="N", help="weight importance counts N times (default: 2)")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        metavar="N",
+        help="weight importance counts N times (default: 2 for learned scales, 1 for importances in units of loss)",
+    )
     parser.add_argument(
         "--out-of-order",
         choices=("ban", "isotonic", "keep"),
         help="what to do with an importance that rises with more bits (default: ban)",
     )
+    parser.add_argument(
+        "--refine-seconds",
+        type=float,
+        metavar="S",
+        help="for a run: improve the answer for S seconds by measuring policies in its jointly trained model",
+    )
+    parser.add_argument("--allow-code", action="store_true", help="with --refine-seconds: as for run")
     parser.add_argument("--output", metavar="FILE", help="write the policy to this file")
 
 
@@ -172,13 +184,13 @@ def _search(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     from nncf_mpq_plugin.summary import layer_rows, totals
 
     if Path(options.table).is_dir() and not _wants_other_search(options):
-        options.run, options.allow_code = options.table, False
+        options.run = options.table
         with _pipeline(options, out) as pipeline:
             pipeline.run_stage("search")
         table = ImportanceTable.load(pipeline.folder.file("importance.json"))
         policy = Policy.load(pipeline.folder.file("policy.json"))
     else:
-        table, policy = _search_anew(options)
+        table, policy = _search_anew(options, out)
     if options.output:
         policy.save(options.output)
     report = policy.to_json()
@@ -190,14 +202,15 @@ def _search(options: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _wants_other_search(options: argparse.Namespace) -> bool:
-    return bool(_budget_options(options)) or options.alpha is not None or options.out_of_order is not None
+    others = (options.alpha, options.out_of_order, options.refine_seconds)
+    return bool(_budget_options(options)) or any(value is not None for value in others)
 
 
-def _search_anew(options: argparse.Namespace) -> tuple[ImportanceTable, Policy]:
+def _search_anew(options: argparse.Namespace, out: Console) -> tuple[ImportanceTable, Policy]:
     from nncf_mpq_plugin.allocation import search
 
     limits = _budget_options(options)
-    path, alpha, rule, budget = Path(options.table), 2.0, "ban", None
+    path, alpha, rule, budget = Path(options.table), None, "ban", None
     if path.is_dir():
         from nncf_mpq_plugin.runfolder import RunFolder
 
@@ -211,7 +224,17 @@ def _search_anew(options: argparse.Namespace) -> tuple[ImportanceTable, Policy]:
         raise InputError(msg)
     table = ImportanceTable.load(path)
     alpha = alpha if options.alpha is None else options.alpha
-    return table, search(table, budget, alpha=alpha, out_of_order=options.out_of_order or rule).policy
+    rule = options.out_of_order or rule
+    if options.refine_seconds is None:
+        return table, search(table, budget, alpha=alpha, out_of_order=rule).policy
+    if not Path(options.table).is_dir():
+        msg = f"--refine-seconds needs a run's folder, whose jointly trained model it asks; {options.table} is a file."
+        raise InputError(msg)
+    options.run = options.table
+    with _pipeline(options, out) as pipeline:
+        limits = {"evaluations": None, "seconds": options.refine_seconds, "samples": config.refine["samples"]}
+        refinement = pipeline.refined(table, budget=budget, alpha=alpha, out_of_order=rule, **limits)
+    return table, refinement.solution.policy
 
 
 def _budget_options(options: argparse.Namespace) -> dict[str, Any]:

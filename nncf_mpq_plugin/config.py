@@ -46,7 +46,9 @@ class Config:
     fixed_bits: Mapping[str, int]
     joint_training: Mapping[str, Any]
     keep_weights: str
-    alpha: float
+    importance: Mapping[str, Any]
+    alpha: float | None
+    refine: Mapping[str, Any]
     out_of_order: str
     budget: Budget
     seed: int
@@ -107,7 +109,9 @@ class Config:
             fixed_bits=precision["fixed_bits"],
             joint_training=precision["joint_training"],
             keep_weights=precision["keep_weights"],
+            importance=precision["importance"],
             alpha=precision["alpha"],
+            refine=precision["search"]["refine"],
             out_of_order=precision["out_of_order"],
             budget=Budget.from_json(budgets, place),
             seed=precision["seed"],

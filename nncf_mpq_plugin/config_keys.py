@@ -127,7 +127,25 @@ _PRECISION = _section(
         default="original",
         choices=("original", "trained"),
     ),
-    alpha=Key("number", "Weight importance counts alpha times in the objective.", default=2.0, minimum=0),
+    importance=_section(
+        "What the jointly trained model is asked.",
+        source=Key(
+            "string",
+            "`fisher`: gradient-weighted output errors; `loss_change`: the loss with one tensor alone at fewer bits "
+            "(slower); `scale`: the learned scales themselves, which is the paper's indicator.",
+            default="fisher",
+            choices=("fisher", "loss_change", "scale"),
+        ),
+        samples=Key("integer", "Training samples that `fisher` and `loss_change` look at.", default=512, minimum=1),
+    ),
+    alpha=Key(
+        "number",
+        "Weight importance counts alpha times in the objective; null is 2 for `scale` (as published) and 1 for "
+        "importances in units of loss.",
+        default=None,
+        nullable=True,
+        minimum=0,
+    ),
     out_of_order=Key(
         "string",
         "What becomes of an importance that rises with more bits: the choice is banned, replaced by the nearest "
@@ -136,6 +154,18 @@ _PRECISION = _section(
         choices=("ban", "isotonic", "keep"),
     ),
     budgets=_BUDGETS,
+    search=_section(
+        "Beyond the program.",
+        refine=_section(
+            "Measure policies in the jointly trained model: begin with the best of several (other alphas, the learned "
+            "scales), then swap bits between tensors as long as the loss falls.",
+            evaluations=Key(
+                "integer", "Policies to measure at most; 0 takes the program's answer.", default=0, minimum=0
+            ),
+            seconds=_optional_number("Time after which no further policy is measured (not repeatable).", above=0),
+            samples=Key("integer", "Training samples that the loss is measured on.", default=1024, minimum=1),
+        ),
+    ),
     seed=Key("integer", "Seed of everything random in the run.", default=0, minimum=0, maximum=2**32 - 1),
 )
 

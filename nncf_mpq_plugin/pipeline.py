@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_mpq_plugin.adapters.nncf3 import NNCFQuantizedModel, freeze, load_model, place, save_model
-from nncf_mpq_plugin.allocation import search
+from nncf_mpq_plugin.allocation import prepare, search
 from nncf_mpq_plugin.batches import Batches, split_batch
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
 from nncf_mpq_plugin.comparison import uniform
@@ -29,18 +29,22 @@ from nncf_mpq_plugin.floating import FloatConfig, train_float
 from nncf_mpq_plugin.importance import importance_from_scales
 from nncf_mpq_plugin.joint import JointConfig, train_jointly
 from nncf_mpq_plugin.models import build_model, check_model, load_weights
+from nncf_mpq_plugin.refine import JointLoss, Refinement, refine
 from nncf_mpq_plugin.runfolder import RunFolder
+from nncf_mpq_plugin.sensitivity import fisher_importance, loss_change_importance
 from nncf_mpq_plugin.summary import summarize
-from nncf_mpq_plugin.training import Evaluation, LossFunction, evaluate, set_weights, weights_of
-from nncf_mpq_plugin.types import ImportanceTable, Policy, read_json, write_json
+from nncf_mpq_plugin.training import Evaluation, LossFunction, evaluate, set_weights, to_device, weights_of
+from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json, write_json
 
 FLOAT_MODEL, FLOAT_METRICS = "float/model.safetensors", "float/metrics.json"
 JOINT_MODEL, JOINT_HISTORY = "joint/model.safetensors", "joint/history.json"
+JOINT_SCALES = "joint/scales.json"
 IMPORTANCE, POLICY, UNIFORM_POLICY = "importance.json", "policy.json", "uniform_policy.json"
 MODEL, MODEL_CONFIG, MODEL_METRICS = "model/model.safetensors", "model/nncf_config.json", "model/metrics.json"
 UNIFORM_METRICS = "uniform/metrics.json"
 ONNX, IR, IR_WEIGHTS = "deploy/model.onnx", "deploy/model.xml", "deploy/model.bin"
 VERIFICATION, SUMMARY = "verify.json", "summary.json"
+SCALE_ALPHAS = (0.5, 1.0, 2.0)  # of the learned scales, among what a refinement may begin with
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,6 @@ class Pipeline:
         """Place quantizers, train one scale per bit width, and write the importance table."""
         config = self.folder.config
         quantized = self._place()
-        original = weights_of(quantized.model)
         result = train_jointly(
             quantized,
             self.data.train,
@@ -221,18 +224,22 @@ class Pipeline:
             loss_fn=self.sources.loss,
             **self._training_arguments("importance"),
         )
-        table = importance_from_scales(quantized, config.model, f"joint training, {result.steps} steps")
-        if config.keep_weights == "original":
-            set_weights(quantized.model, original)
+        scales = importance_from_scales(quantized, config.model, f"joint training, {result.steps} steps")
+        table = scales if config.importance["source"] == "scale" else self._measured_importance(quantized)
         save_state(self.folder.file(JOINT_MODEL), model_tensors(quantized.model), {})
         write_json(self.folder.file(JOINT_HISTORY), result.to_json())
+        scales.save(self.folder.file(JOINT_SCALES))
         table.save(self.folder.file(IMPORTANCE))
 
     def search(self) -> None:
         """Find the policy, and the uniform one to compare it with."""
         config = self.folder.config
         table = ImportanceTable.load(self.folder.file(IMPORTANCE))
-        solution = search(table, config.budget, alpha=config.alpha, out_of_order=config.out_of_order)
+        options: dict[str, Any] = {"alpha": config.alpha, "out_of_order": config.out_of_order}
+        if config.refine["evaluations"]:
+            solution = self.refined(table, **options, **config.refine).solution
+        else:
+            solution = search(table, config.budget, **options)
         self.folder.file(UNIFORM_POLICY).unlink(missing_ok=True)
         try:
             uniform(table, config.budget).save(self.folder.file(UNIFORM_POLICY))
@@ -245,6 +252,62 @@ class Pipeline:
                 f"({correction.importance:.4g}) is above that of fewer bits: {became}"
             )
         solution.policy.save(self.folder.file(POLICY))
+
+    def refined(
+        self,
+        table: ImportanceTable,
+        *,
+        alpha: float | None,
+        out_of_order: str,
+        evaluations: int | None,
+        seconds: float | None,
+        samples: int,
+        budget: Budget | None = None,
+    ) -> Refinement:
+        """
+        Measure policies in the jointly trained model, see :mod:`nncf_mpq_plugin.refine`.
+
+        The loss is measured on training samples that joint training has not seen, where its ``data_fraction`` leaves
+        any out.
+
+        :param budget: default: the config's.
+        """
+        config = self.folder.config
+        budget = budget or config.budget
+        quantized = self._joint_model()
+        quantized.model.to(self.device)
+        fraction = config.joint_training["data_fraction"]
+        seen = Batches(self.data.train, seed=config.seed, fraction=fraction).take(config.num_init_samples)
+        judges = Batches(self.data.train, seed=config.seed, fraction=fraction, held_back=True).take(samples)
+        measure = JointLoss(
+            quantized,
+            [inputs for inputs, _ in to_device(seen, self.device)],
+            to_device(judges, self.device),
+            self.sources.loss,
+            config.joint_training["label_free"],
+        )
+        scales = ImportanceTable.load(self.folder.file(JOINT_SCALES))
+        candidates = {
+            f"scale, alpha {other:g}": search(scales, budget, alpha=other, out_of_order=out_of_order).policy.layers
+            for other in SCALE_ALPHAS
+        }
+        refinement = refine(
+            prepare(table, budget, alpha=alpha, out_of_order=out_of_order),
+            measure,
+            candidates=candidates,
+            evaluations=evaluations,
+            seconds=seconds,
+            progress=lambda done, total, numbers: self.listener.progress("refinement", done, total, numbers),
+        )
+        self._log(
+            f"  Of {', '.join(f'{name} {loss:.4f}' for name, loss in refinement.losses.items())} began with "
+            f"{refinement.start!r}; {len(refinement.swaps)} swaps in {refinement.evaluations} measurements lowered the "
+            f"loss to {refinement.loss:.4f}"
+        )
+        for swap in refinement.swaps:
+            moves = ", ".join(f"{tensor} {before} -> {after} bits" for tensor, (before, after) in swap.moves.items())
+            self._log(f"  {moves}: loss {swap.loss:.4f}")
+        return refinement
 
     def finetune(self) -> None:
         """Fine-tune at the policy's bits and freeze."""
@@ -296,26 +359,42 @@ class Pipeline:
 
     def _place(self) -> NNCFQuantizedModel:
         config = self.folder.config
-        samples, calibration = config.num_init_samples, []
-        for inputs, _ in Batches(self.data.train, seed=config.seed).epoch(0):
-            calibration.append(inputs[:samples])
-            samples -= len(inputs)
-            if samples <= 0:
-                break
+        calibration = Batches(self.data.train, seed=config.seed).take(config.num_init_samples)
         return place(
             self.float_model(),
             self.example_input(),
-            calibration,
+            [inputs[: config.num_init_samples] for inputs, _ in calibration],
             bits=config.bits,
             fixed_bits=config.fixed_bits,
             ignored_scopes=config.ignored_scopes,
             target=config.target,
         )
 
+    def _measured_importance(self, quantized: NNCFQuantizedModel) -> ImportanceTable:
+        config = self.folder.config
+        measure = fisher_importance if config.importance["source"] == "fisher" else loss_change_importance
+        return measure(
+            quantized,
+            Batches(self.data.train, seed=config.seed).take(config.importance["samples"]),
+            loss_fn=self.sources.loss,
+            label_free=config.joint_training["label_free"],
+            device=self.device,
+            progress=lambda done, total, numbers: self.listener.progress("measurement", done, total, numbers),
+            model_name=config.model,
+        )
+
+    def _joint_model(self, weights: str = "trained") -> NNCFQuantizedModel:
+        """:return: the jointly trained model, with the ``trained`` or the ``original`` weights."""
+        quantized = self._place()
+        original = weights_of(quantized.model)
+        restore_tensors(quantized.model, load_state(self.folder.file(JOINT_MODEL))[0])
+        if weights == "original":
+            set_weights(quantized.model, original)
+        return quantized
+
     def _finetuned(self, policy: Policy, stage: str) -> nn.Module:
         config = self.folder.config
-        quantized = self._place()
-        restore_tensors(quantized.model, load_state(self.folder.file(JOINT_MODEL))[0])
+        quantized = self._joint_model(config.keep_weights)
         finetune(
             quantized,
             policy,
@@ -373,9 +452,11 @@ STAGES: Mapping[str, Stage] = {
         "train-importance",
         Pipeline.train_importance,
         (FLOAT_MODEL,),
-        (JOINT_MODEL, JOINT_HISTORY, IMPORTANCE),
+        (JOINT_MODEL, JOINT_HISTORY, JOINT_SCALES, IMPORTANCE),
     ),
-    "search": Stage("Search", "search", Pipeline.search, (IMPORTANCE,), (POLICY,)),
+    "search": Stage(
+        "Search", "search", Pipeline.search, (IMPORTANCE,), (POLICY,), optional=(JOINT_MODEL, JOINT_SCALES)
+    ),
     "finetune": Stage(
         "Fine-tuning", "finetune", Pipeline.finetune, (JOINT_MODEL, POLICY), (MODEL, MODEL_CONFIG, MODEL_METRICS)
     ),

@@ -218,6 +218,11 @@ class ImportanceTable:
     model: str = ""
     source: str = ""
 
+    @property
+    def default_alpha(self) -> float:
+        """How much weight importance counts: 2 for learned scales (published), 1 for units of loss."""
+        return 2.0 if self.unit == "scale" else 1.0
+
     def to_json(self) -> dict[str, Any]:
         """:return: a JSON-serialisable object; ``from_json`` gives back an equal table."""
 

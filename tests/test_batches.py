@@ -121,3 +121,22 @@ def test_first_batches_are_cut_to_size():
     loader = DataLoader(TensorDataset(torch.arange(10.0), torch.zeros(10)), batch_size=4)
     assert [len(batch) for batch in first_batches(loader, 6)] == [4, 2]
     assert sum(len(batch) for batch in first_batches(loader, 100)) == 10
+
+
+def test_held_back_samples_are_those_that_the_fraction_leaves_out():
+    loader = DataLoader(TensorDataset(torch.arange(20.0)), batch_size=4)
+
+    def values(**options):
+        return {value for inputs, _ in Batches(loader, seed=3, **options).epoch(0) for value in inputs.tolist()}
+
+    used, rest = values(fraction=0.6), values(fraction=0.6, held_back=True)
+    assert (len(used), len(rest)) == (12, 8)
+    assert not used & rest
+    assert values(held_back=True) == values()
+
+
+def test_take_stops_at_the_batch_that_has_enough():
+    loader = DataLoader(TensorDataset(torch.arange(20.0), torch.arange(20)), batch_size=4)
+    taken = Batches(loader, seed=3).take(6)
+    assert [len(inputs) for inputs, _ in taken] == [4, 4]
+    assert len(Batches(loader).take(100)) == 5

@@ -39,7 +39,7 @@ LAYERS = (
     ("placement", "checkpoint", "batches", "models", "summary", "tables"),
     ("training", "data"),
     ("loop", "importance"),
-    ("joint", "finetune", "floating", "runfolder", "sensitivity"),
+    ("joint", "finetune", "floating", "runfolder", "sensitivity", "refine"),
 )
 TOP = ("pipeline", "api", "cli")
 

@@ -142,6 +142,36 @@ def test_each_stage_can_be_done_again_from_the_files_before_it(run_copy: Path) -
     assert digests(run_copy) == before
 
 
+@pytest.mark.parametrize("source", ["loss_change", "scale"])
+def test_importance_can_come_from_another_source_and_be_refined(
+    source: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = tiny()
+    precision = value["compression"]["initializer"]["precision"]
+    precision["importance"] = {"source": source, "samples": 64}
+    precision["search"] = {"refine": {"evaluations": 8, "samples": 128}}
+    (tmp_path / "tiny.json").write_text(json.dumps(value))
+    folder = tmp_path / "run"
+    RunFolder.create(folder, Config.load(tmp_path / "tiny.json"))
+    shutil.copytree(finished / "float", folder / "float")
+    assert main(["train-importance", str(folder)]) == 0
+    assert read_json(folder / "importance.json")["unit"] == ("scale" if source == "scale" else "loss")
+    assert read_json(folder / "joint" / "scales.json")["unit"] == "scale"
+    assert main(["search", str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert report["status"] == "refined"
+    refinement = report["refinement"]
+    assert set(refinement["losses"]) == {"program", "scale, alpha 0.5", "scale, alpha 1", "scale, alpha 2"}
+    assert 4 <= refinement["evaluations"] <= 8
+    assert refinement["loss"] <= min(refinement["losses"].values())
+    budget = report["budgets"]["average_bits"]
+    assert budget["achieved"] <= budget["requested"]
+    assert main(["search", str(folder), "--refine-seconds", "0.1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "refined"
+    assert main(["search", str(folder / "importance.json"), "--bitops-ratio", "0.5", "--refine-seconds", "1"]) == 2
+    assert "needs a run's folder" in capsys.readouterr().err
+
+
 def test_a_stage_without_its_input_names_the_command_to_run(tmp_path: Path) -> None:
     pipeline = pipeline_of(tmp_path / "run")
     with pytest.raises(InputError, match=r"needs importance\.json.*nncf-mpq train-importance"):

@@ -2,13 +2,14 @@
 
 from nncf_mpq_plugin.allocation.constraints import BitsConstraint
 from nncf_mpq_plugin.allocation.explain import BudgetReport, Explanation, Step, WhatIf, explain, what_if
-from nncf_mpq_plugin.allocation.search import Solution, achieved_by, objective_of, search
+from nncf_mpq_plugin.allocation.search import Prepared, Solution, achieved_by, objective_of, prepare, search
 from nncf_mpq_plugin.allocation.sweep import Sweep, draw, pareto
 
 __all__ = [
     "BitsConstraint",
     "BudgetReport",
     "Explanation",
+    "Prepared",
     "Solution",
     "Step",
     "Sweep",
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "objective_of",
     "pareto",
+    "prepare",
     "search",
     "what_if",
 ]

@@ -83,7 +83,7 @@ def search(
     table: ImportanceTable,
     budget: Budget,
     *,
-    alpha: float = 2.0,
+    alpha: float | None = None,
     out_of_order: str = "ban",
     constraints: Sequence[BitsConstraint] = (),
     weight_only: bool = False,
@@ -95,7 +95,7 @@ def search(
 
     :param table: importances.
     :param budget: limits; all hold together.
-    :param alpha: weight of the weight importances (LIMPQ, equation 3; the published search uses 2 on ResNet-50).
+    :param alpha: weight of the weight importances (LIMPQ, equation 3); default: the table's ``default_alpha``.
     :param out_of_order: what to do with importances that rise with the bits, see :mod:`nncf_mpq_plugin.outliers`.
     :param constraints: limits on single layers.
     :param weight_only: leave activations in floating point (32 bits, which is what BitOps count) at no importance.
@@ -123,13 +123,14 @@ def prepare(
     table: ImportanceTable,
     budget: Budget,
     *,
-    alpha: float = 2.0,
+    alpha: float | None = None,
     out_of_order: str = "ban",
     constraints: Sequence[BitsConstraint] = (),
     weight_only: bool = False,
     latency: LatencyTable | None = None,
 ) -> Prepared:
     """:return: the program for arguments as :func:`search` takes them, which also says what it raises."""
+    alpha = table.default_alpha if alpha is None else alpha
     if not (np.isfinite(alpha) and alpha >= 0):
         msg = f"alpha: must be a finite number of at least 0, got {alpha}."
         raise InputError(msg)
