@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from nncf_mpq_plugin import tables
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError, InterruptedRun, MPQError
-from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json
+from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json, write_json
 
 if TYPE_CHECKING:
     from nncf_mpq_plugin.pipeline import Pipeline
@@ -113,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     command("export", _export, "Write the ONNX file and the OpenVINO IR.", run=RUN_HELP)
     description = "Compare the exported files with the trained model."
     command("verify", _verify, description, run=RUN_HELP, json_help="print verify.json")
+    description = "Latency, kernels, sizes, load time and memory beside FP32 and INT8."
+    added = command("benchmark", _benchmark, description, run=RUN_HELP, json_help="print benchmark.json")
+    added.add_argument("--seconds", type=float, default=3.0, metavar="N", help="measuring time of each model (3)")
+    added.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each inference (2)")
     added = commands.add_parser("config", help="Check a config, or print what it may hold.")
     actions = added.add_subparsers(title="actions", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="validate a config file")
@@ -268,6 +272,33 @@ def _verify(options: argparse.Namespace, out: Console) -> dict[str, Any]:
         pipeline.run_stage("verify")
     report: dict[str, Any] = read_json(pipeline.folder.file("verify.json"))
     _quiet_for_json(options, out).print(tables.verification_table(report))
+    return report
+
+
+def _benchmark(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    from nncf_mpq_plugin import deploy
+
+    if options.threads < 1 or not options.seconds > 0:
+        msg = f"--threads has to be at least 1 and --seconds above 0, got {options.threads} and {options.seconds}."
+        raise InputError(msg)
+    with _pipeline(options, out) as pipeline:
+        folder = pipeline.folder
+        policy = Policy.load(folder.file("policy.json")).all_layers
+        report = deploy.benchmark(
+            pipeline.float_model(),
+            pipeline.frozen_model(),
+            folder.file("deploy"),
+            pipeline.calibration(),
+            {name: (bits.weight, bits.activation) for name, bits in policy.items()},
+            seconds=options.seconds,
+            threads=options.threads,
+        ).to_json()
+    write_json(folder.file("benchmark.json"), report)
+    out = _quiet_for_json(options, out)
+    out.print(tables.benchmark_table(report))
+    out.print(tables.kernel_table(report))
+    for name, reason in report["left_out"].items():
+        out.print(f"{name}: could not be made ({reason})", highlight=False, markup=False)
     return report
 
 

@@ -357,13 +357,18 @@ class Pipeline:
         )
         write_json(self.folder.file(SUMMARY), summary)
 
+    def calibration(self) -> list[Tensor]:
+        """:return: batches of training inputs that ranges come from, ``range.num_init_samples`` samples in all."""
+        config = self.folder.config
+        taken = Batches(self.data.train, seed=config.seed).take(config.num_init_samples)
+        return [inputs[: config.num_init_samples] for inputs, _ in taken]
+
     def _place(self) -> NNCFQuantizedModel:
         config = self.folder.config
-        calibration = Batches(self.data.train, seed=config.seed).take(config.num_init_samples)
         return place(
             self.float_model(),
             self.example_input(),
-            [inputs[: config.num_init_samples] for inputs, _ in calibration],
+            self.calibration(),
             bits=config.bits,
             fixed_bits=config.fixed_bits,
             ignored_scopes=config.ignored_scopes,

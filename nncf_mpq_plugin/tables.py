@@ -69,6 +69,49 @@ def verification_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def benchmark_table(report: Mapping[str, Any]) -> Table:
+    """
+    :param report: content of benchmark.json.
+    :return: one row a model.
+    """
+    title = f"One inference: {report['cpu']}, {report['threads']} threads, input {'x'.join(map(str, report['shape']))}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    headings = ("ms", "INT8\n= 1", "default\nms", "INT8\nlayers", "weights\nkB", "files\nkB", "load\nms", "memory\nMB")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in report["models"]:
+        default, cost, share = row["default_latency"], row["footprint"], row["integer_share"]
+        table.add_row(
+            row["name"],
+            f"{row['latency']['median']:.3f}",
+            f"{row['relative_latency']:.2f}",
+            "-" if default is None else f"{default['median']:.3f}",
+            "-" if share is None else f"{share:.0%}",
+            *(f"{row[key] / 1e3:.0f}" for key in ("weight_bytes", "file_bytes")),
+            "-" if cost is None else f"{1000 * cost['load_seconds']:.0f}",
+            "-" if cost is None else f"{cost['memory_bytes'] / 1e6:.0f}",
+        )
+    return table
+
+
+def kernel_table(report: Mapping[str, Any]) -> Table:
+    """
+    :param report: content of benchmark.json.
+    :return: one row a layer: its bits, and the precision that each model runs it in.
+    """
+    models = [model for model in report["models"] if model["kernels"]]
+    table = Table(title="Precision that each layer runs in", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("W / A", no_wrap=True)
+    for model in models:
+        table.add_column(model["name"])
+    for layer, (weight, activation) in report["bits"].items():
+        found = [model["kernels"].get(layer, "-").split()[0] for model in models]
+        table.add_row(layer, f"{weight} / {activation}", *found)
+    return table
+
+
 def search_lines(report: Mapping[str, Any], totals: Mapping[str, Any]) -> list[str]:
     """
     :param report: a policy as JSON, with what the search reports.

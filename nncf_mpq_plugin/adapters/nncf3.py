@@ -308,6 +308,18 @@ def replaced_quantizers(frozen: nn.Module, replacements: Mapping[str, nn.Module]
             _replace_hook(storage, name, module)
 
 
+def quantize_to_int8(model: Any, calibration: Sequence[Any]) -> Any:
+    """
+    NNCF's post-training quantization at its defaults: the uniform INT8 model to compare with.
+
+    :param model: a torch module or an OpenVINO model.
+    :param calibration: inputs, as the model takes them.
+    :return: a quantized model of the same kind.
+    """
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bar
+        return nncf.quantize(model, nncf.Dataset(list(calibration)), subset_size=len(calibration))
+
+
 def _quantize_by_nncf(model: nn.Module, calibration: Sequence[Tensor], ignored_scopes: Sequence[str]) -> nn.Module:
     names, patterns = [], []
     for scope in ignored_scopes:

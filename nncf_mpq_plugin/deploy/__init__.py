@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nncf_mpq_plugin.deploy.measurement import BenchmarkReport
     from nncf_mpq_plugin.deploy.verification import VerifyReport
 
-__all__ = ["ExportResult", "compile", "export", "verify"]
+__all__ = ["ExportResult", "benchmark", "compile", "export", "verify"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,22 @@ def verify(frozen: nn.Module, directory: str | Path, samples: Any, limit: int = 
     from nncf_mpq_plugin.deploy.verification import verify as run
 
     return run(frozen, directory, samples, limit)
+
+
+def benchmark(
+    floating: nn.Module,
+    frozen: nn.Module,
+    directory: str | Path,
+    calibration: Sequence[Tensor],
+    bits: Mapping[str, tuple[int, int]],
+    *,
+    seconds: float = 3.0,
+    threads: int = 2,
+) -> BenchmarkReport:
+    """Measure beside FP32, INT8 and a naive export; see :func:`nncf_mpq_plugin.deploy.measurement.benchmark`."""
+    from nncf_mpq_plugin.deploy.measurement import benchmark as run
+
+    return run(floating, frozen, directory, calibration, bits, seconds=seconds, threads=threads)
 
 
 def compile(path: str | Path, **properties: Any) -> Any:

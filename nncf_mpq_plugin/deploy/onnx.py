@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from nncf_mpq_plugin.deploy.graph import MARKER, MARKER_DOMAIN, OPSET
+from nncf_mpq_plugin.deploy.graph import OPSET, is_marker
 from nncf_mpq_plugin.errors import UnsupportedModelError
 
 _TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
@@ -82,7 +82,7 @@ class _Rewriter:
         for node in self.nodes:
             if id(node) in skipped:
                 continue
-            if node.op_type == MARKER and node.domain == MARKER_DOMAIN:
+            if is_marker(node):
                 attributes = {a.name: a.i for a in node.attribute}
                 low, high, step = attributes["low"], attributes["high"], self.constants[node.input[1]]
                 if node.input[0] in self.constants:

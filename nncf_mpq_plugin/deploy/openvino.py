@@ -76,8 +76,13 @@ def compile_exactly(path: str | Path, **properties: Any) -> ov.CompiledModel:
 
 
 def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:
-    """:return: for each executed node its name, type, precision and kernel, as the runtime model reports them."""
-    keys = {"type": "layerType", "precision": "runtimePrecision", "kernel": "primitiveType"}
+    """:return: for each executed node its name, type, precision, kernel and the names of the model's nodes in it."""
+    keys = {
+        "type": "layerType",
+        "precision": "runtimePrecision",
+        "kernel": "primitiveType",
+        "originals": "originalLayersNames",
+    }
     result = []
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
