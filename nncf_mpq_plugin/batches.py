@@ -72,10 +72,11 @@ class Batches:
             and loader.batch_size is not None
         )
         source = loader.dataset if self._by_sample else loader
-        if not isinstance(source, Sized):
+        try:
+            total = len(source)
+        except TypeError as error:
             msg = f"The data loader ({type(loader).__name__}) has no length; the schedule needs one. Give it __len__."
-            raise InputError(msg)
-        total = len(source)
+            raise InputError(msg) from error
         if total == 0:
             msg = "The data loader is empty: there is nothing to train on."
             raise InputError(msg)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nncf_mpq_plugin.config_keys import SCHEMA
-from nncf_mpq_plugin.schema import check
+from nncf_mpq_plugin.errors import ConfigError
+from nncf_mpq_plugin.schema import check, describe
 from nncf_mpq_plugin.types import Budget, read_json
 
 
@@ -85,11 +86,11 @@ class Config:
         """
         complete = check(value, SCHEMA, place)
         if complete["checkpoint"] is not None:
-            complete["checkpoint"] = str((Path(folder) / complete["checkpoint"]).resolve())
+            complete["checkpoint"] = _absolute(complete["checkpoint"], folder, f"{place}: checkpoint")
         source = complete["data"]["source"]
         if source.startswith("imagefolder:"):
-            directory = Path(folder) / Path(source.removeprefix("imagefolder:")).expanduser()
-            complete["data"]["source"] = f"imagefolder:{directory.resolve()}"
+            directory = _absolute(source.removeprefix("imagefolder:"), folder, f"{place}: data.source")
+            complete["data"]["source"] = f"imagefolder:{directory}"
         initializer = complete["compression"]["initializer"]
         precision = initializer["precision"]
         budgets = _given(precision["budgets"])
@@ -122,6 +123,18 @@ class Config:
             device=complete["device"],
             complete=complete,
         )
+
+
+def _absolute(path: str, folder: str | Path, place: str) -> str:
+    """
+    :param folder: what a relative path is relative to; ``~`` is the home directory.
+    :raises ConfigError: if no file can have such a name.
+    """
+    try:
+        return str((Path(folder) / Path(path).expanduser()).resolve())
+    except (ValueError, RuntimeError, OSError) as error:
+        msg = f"{place}: {describe(path)} is no path ({error})."
+        raise ConfigError(msg) from error
 
 
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:

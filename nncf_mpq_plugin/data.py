@@ -46,7 +46,7 @@ def digits(sample_size: Sequence[int], batch_size: int) -> Data:
 
     :param sample_size: ``[1, C, H, W]``; the grey value, in [-1, 1], is repeated in each of C channels.
     :param batch_size: samples in a batch.
-    :raises ConfigError: if the model's input is not an image.
+    :raises ConfigError: if the model's input is not an image, or is too large.
     """
     if len(sample_size) != 4:
         msg = (
@@ -58,10 +58,13 @@ def digits(sample_size: Sequence[int], batch_size: int) -> Data:
 
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
-    images = torch.nn.functional.interpolate(images, tuple(sample_size[2:]), mode="bilinear", align_corners=False)
-    samples = TensorDataset(
-        images.expand(-1, sample_size[1], -1, -1).contiguous(), torch.tensor(labels, dtype=torch.int64)
-    )
+    try:
+        images = torch.nn.functional.interpolate(images, tuple(sample_size[2:]), mode="bilinear", align_corners=False)
+        images = images.expand(-1, sample_size[1], -1, -1).contiguous()
+    except RuntimeError as error:
+        msg = f"input_info.sample_size: the digits cannot be held in memory at {list(sample_size)} ({error})."
+        raise ConfigError(msg) from error
+    samples = TensorDataset(images, torch.tensor(labels, dtype=torch.int64))
     train, validation = train_test_split(
         range(len(labels)), test_size=DIGITS_VALIDATION, random_state=0, stratify=labels
     )
@@ -79,7 +82,8 @@ def imagefolder(directory: str | Path, sample_size: Sequence[int], batch_size: i
     :param sample_size: ``[1, 3, H, W]``.
     :param batch_size: samples in a batch.
     :param workers: processes that read images.
-    :raises InputError: if a folder is missing or empty, or the two have different classes.
+    :raises InputError: if a folder is missing or empty, or the two have different classes; later, while loading, if a
+        file is no image.
     """
     if len(sample_size) != 4 or sample_size[1] != 3:
         msg = f"input_info.sample_size: an image folder needs [1, 3, height, width], got {list(sample_size)}."
@@ -97,7 +101,7 @@ def imagefolder(directory: str | Path, sample_size: Sequence[int], batch_size: i
     for part, transform in transforms.items():
         path = Path(directory) / part
         try:
-            folders[part] = datasets.ImageFolder(str(path), transform)
+            folders[part] = datasets.ImageFolder(str(path), transform, loader=_read_image)
         except OSError as error:
             msg = f"data.source: {path}: no images by class ({error}). Expected {path}/CLASS/IMAGE.jpg."
             raise InputError(msg) from error
@@ -111,6 +115,16 @@ def imagefolder(directory: str | Path, sample_size: Sequence[int], batch_size: i
         DataLoader(validation, batch_size, num_workers=workers),
         classes=len(train.classes),
     )
+
+
+def _read_image(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except Exception as error:  # a damaged file makes PIL raise nearly anything
+        msg = f"{path}: cannot be read as an image ({error}). Repair or remove it."
+        raise InputError(msg) from error
 
 
 def load_data(
@@ -156,17 +170,33 @@ def check_data(data: Data, sample_size: Sequence[int], classes: int) -> None:
 
     :param sample_size: shape of the model's input, whose first dimension is free.
     :param classes: the model's outputs.
-    :raises InputError: if a loader is empty, or its batches do not fit the model.
+    :raises InputError: if a loader is empty or can be read only once, or its batches do not fit the model.
     """
     if data.classes is not None and data.classes > classes:
         msg = f"The data set has {data.classes} classes, the model {classes} outputs. Set model_arguments.num_classes."
         raise InputError(msg)
     for name, loader in (("training", data.train), ("validation", data.validation)):
-        batch = next(iter(loader), None)
-        if batch is None:
-            msg = f"The {name} loader gives no batch: the data set is empty (or smaller than one batch)."
-            raise InputError(msg)
-        check_batch(batch, sample_size, classes, f"{name} data")
+        check_batch(first_batch(loader, name), sample_size, classes, f"{name} data")
+
+
+def first_batch(loader: Any, name: str) -> Any:
+    """
+    :param name: what to call the loader in messages.
+    :return: the first batch.
+    :raises InputError: if there is none, or the loader can be read only once.
+    """
+    iterator = iter(loader) if hasattr(loader, "__iter__") or hasattr(loader, "__getitem__") else None
+    if iterator is None or iterator is loader:
+        msg = (
+            f"The {name} loader is of type {type(loader).__name__}, which cannot be read anew each epoch. Give a "
+            "DataLoader, a list of batches, or an object with __iter__ and __len__."
+        )
+        raise InputError(msg)
+    batch = next(iterator, None)
+    if batch is None:
+        msg = f"The {name} loader gives no batch: the data set is empty (or smaller than one batch)."
+        raise InputError(msg)
+    return batch
 
 
 def check_batch(batch: Any, sample_size: Sequence[int], classes: int, place: str) -> None:
@@ -175,11 +205,14 @@ def check_batch(batch: Any, sample_size: Sequence[int], classes: int, place: str
         msg = f"{place}: a batch must be a pair of tensors (input, target), got {type(batch).__name__}."
         raise InputError(msg)
     inputs, targets = batch
-    if not inputs.is_floating_point() or list(inputs.shape[1:]) != list(sample_size[1:]):
+    if inputs.dtype != torch.float32 or list(inputs.shape[1:]) != list(sample_size[1:]):
         msg = (
-            f"{place}: inputs are {inputs.dtype} of shape {list(inputs.shape)}, the model needs floating point "
+            f"{place}: inputs are {inputs.dtype} of shape {list(inputs.shape)}, the model needs torch.float32 of shape "
             f"{['N', *sample_size[1:]]} (input_info.sample_size)."
         )
+        raise InputError(msg)
+    if not len(inputs):
+        msg = f"{place}: the first batch holds no sample."
         raise InputError(msg)
     if not torch.isfinite(inputs).all():
         msg = f"{place}: an input holds NaN or an infinity."

@@ -45,10 +45,16 @@ def build_model(spec: str, arguments: Mapping[str, Any], *, allow_code: bool = F
     return model
 
 
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return models.list_models()
+
+
 def _torchvision_model(name: str) -> Callable[..., Any]:
     from torchvision import models
 
-    known = models.list_models()
+    known = _torchvision_names()
     if name not in known:
         close = nearest(name, known)
         hint = f"Did you mean 'torchvision:{close}'?" if close else "See torchvision.models.list_models()."
@@ -69,7 +75,9 @@ def import_callable(spec: str, key: str, *, allow_code: bool) -> Callable[..., A
     """
     module_name, colon, name = spec.partition(":")
     if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        msg = f"{key}: {spec!r} is not of the form 'package.module:callable' (or 'torchvision:NAME' for a model)."
+        known = nearest(spec, _torchvision_names()) if key == "model" and not colon else None
+        hint = f" Did you mean 'torchvision:{known}'?" if known else ""
+        msg = f"{key}: {spec!r} is not of the form 'package.module:callable' (or 'torchvision:NAME' for a model).{hint}"
         raise ConfigError(msg)
     if module_name != TRUSTED_MODULE and not allow_code:
         msg = (
@@ -82,7 +90,7 @@ def import_callable(spec: str, key: str, *, allow_code: bool) -> Callable[..., A
     except ImportError as error:
         msg = f"{key}: the module {module_name!r} of {spec!r} cannot be imported ({error}). Is it on the Python path?"
         raise ConfigError(msg) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         msg = f"{key}: importing {module_name!r} raised {type(error).__name__}: {error}"
         raise ConfigError(msg) from error
     found = getattr(module, name, None)
@@ -113,7 +121,7 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any], place: str)
         pass  # a builtin without a signature: the call itself will tell
     try:
         return function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         msg = f"{place}: raised {type(error).__name__}: {error}"
         raise ConfigError(msg) from error
 
@@ -137,7 +145,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         else:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        msg = f"{path}: not a whole safetensors file ({error}). Copy or download it again."
+        msg = f"{path}: not a whole safetensors file ({error}). Make, copy or download it again."
         raise InputError(msg) from error
     except pickle.UnpicklingError as error:
         msg = (
@@ -152,7 +160,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
             break
-    if not isinstance(value, Mapping) or not all(isinstance(item, Tensor) for item in value.values()) or not value:
+    if (
+        not isinstance(value, Mapping)
+        or not value
+        or not all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
+    ):
         msg = f"{path}: expected parameter names with tensors. Save `model.state_dict()`."
         raise InputError(msg)
     return {name.removeprefix("module."): item for name, item in value.items()}

@@ -8,6 +8,7 @@ place, the offending value and the nearest valid choice.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,6 +117,8 @@ class _Checker:
             return {name: self.check(item, key.item, f"{place}.{name}") for name, item in value.items()}
         if key.kind == "list":
             return self._list(value, key, place)
+        if key.kind == "free":
+            return self._free(value, place)
         if key.kind == "number":
             value = float(value)
         self._value(value, key, place)
@@ -172,10 +175,17 @@ class _Checker:
         if key.minimum is not None and len(value) < key.minimum:
             self.problem(place, f"expected at least {key.minimum:g} entries, got {describe(value)}.")
         result = tuple(self.check(item, key.item, f"{place}[{index}]") for index, item in enumerate(value))
-        if key.unique and len(set(result)) != len(result):
-            twice = next(item for index, item in enumerate(result) if item in result[:index])
-            self.problem(place, f"{describe(twice)} appears twice; name each value once.")
+        twice = [item for index, item in enumerate(result) if item is not None and item in result[:index]]
+        if key.unique and twice:  # None: an item that was refused already
+            self.problem(place, f"{describe(twice[0])} appears twice; name each value once.")
         return result
+
+    def _free(self, value: dict[str, Any], place: str) -> Any:
+        try:
+            return json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            self.problem(place, f"cannot be saved as JSON ({error}), got {describe(value)}.")
+            return None
 
     def _value(self, value: Any, key: Key, place: str) -> None:
         if key.choices and value not in key.choices:

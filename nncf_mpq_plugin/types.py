@@ -12,15 +12,16 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nncf_mpq_plugin.errors import InputError
 
 SCHEMA_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8, 32)
+MOST_DIGITS = 400  # of an integer in a file; Python refuses to print one of more than 4300
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -48,16 +49,38 @@ def read_json(path: str | Path) -> Any:
     """
     Read a JSON file.
 
-    :raises InputError: if the file is missing, unreadable, not JSON, or holds NaN or an infinity.
+    :raises InputError: if the file is missing, unreadable, not JSON, names a key twice, or holds NaN, an infinity or a
+        number that is too large to be one.
     """
     path = Path(path)
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         msg = f"{path}: {constant} is not a valid number. Write a finite number in its place."
         raise InputError(msg)
 
+    def number(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(text)
+
+    def integer(text: str) -> int:
+        return int(text) if len(text) <= MOST_DIGITS else refuse(f"{text[:10]}... ({len(text)} digits)")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+            msg = f"{path}: the key {twice!r} appears twice in one object. Keep one of them."
+            raise InputError(msg)
+        return result
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=refuse,
+            parse_float=number,
+            parse_int=integer,
+            object_pairs_hook=unique,
+        )
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror or error}). Check the path and its permissions."
         raise InputError(msg) from error
@@ -105,10 +128,18 @@ class _Reader:
 
     def count(self, key: str) -> int:
         value: int = self.get(key, int)
-        if value <= 0:
-            msg = f"{self.place}.{key}: expected a positive integer, got {value}."
+        if not 0 < value < 2**63:
+            msg = f"{self.place}.{key}: expected a positive integer below 2^63, got {_describe(value)}."
             raise InputError(msg)
         return value
+
+    def refuse_misspelt(self, known: Sequence[str]) -> None:
+        """Keys of other programs are left alone; one that nearly is ``known`` would be ignored by mistake."""
+        for key in self.value:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.8) if key not in known else []
+            if near:
+                msg = f"{self.place}: unknown key {key!r}; did you mean {near[0]!r}?"
+                raise InputError(msg)
 
     def bits(self, key: str) -> int:
         value: int = self.get(key, int)
@@ -275,7 +306,10 @@ class ImportanceTable:
             raise InputError(msg)
         bits = tuple(sorted(bits))
 
+        reader.refuse_misspelt(_TABLE_KEYS)
+
         def read_cost(entry: _Reader) -> LayerCost:
+            entry.refuse_misspelt(_LAYER_KEYS)
             name = entry.get("name", str)
             return LayerCost(
                 name, entry.count("macs"), entry.count("weights"), entry.get("activation_group", str, name)
@@ -301,6 +335,7 @@ class ImportanceTable:
             layer = _Reader(entry, f"{place}.layers[{index}]")
             cost = read_cost(layer)
             importance = _Reader(layer.get("importance", dict), f"{layer.place} ({cost.name}).importance")
+            importance.refuse_misspelt(("weight", "activation"))
             layers.append(
                 LayerImportance(cost, read_importance(importance, "weight"), read_importance(importance, "activation"))
             )
@@ -334,6 +369,10 @@ class ImportanceTable:
     def load(cls, path: str | Path) -> ImportanceTable:
         """:raises InputError: if the file cannot be read or is not a valid table."""
         return cls.from_json(read_json(path), str(path))
+
+
+_TABLE_KEYS = ("schema_version", "unit", "model", "source", "bits", "layers", "fixed_layers")
+_LAYER_KEYS = ("name", "macs", "weights", "activation_group", "importance", "weight_bits", "activation_bits")
 
 
 @dataclass(frozen=True)
@@ -390,7 +429,7 @@ class Budget:
         for key in reader.value:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 msg = f"{place}: unknown budget {key!r}{hint} Known are {', '.join(known)}."
                 raise InputError(msg)
 

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import numpy as np
@@ -91,15 +92,21 @@ def test_lists_are_shuffled_and_streams_taken_as_they_come():
     assert collect(stream, start=1) == [[[3.0], [4.0], [5.0]]]
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.count()
+
+
 @pytest.mark.parametrize(
     ("loader", "fraction", "message"),
     [
         ([], 1.0, "empty"),
         ((x for x in []), 1.0, "no length"),
+        (DataLoader(Endless()), 1.0, r"\(DataLoader\) has no length"),
         ([1], 0.0, "data_fraction"),
         ([1], 1.5, "data_fraction"),
     ],
-    ids=["empty", "generator", "no data", "too much"],
+    ids=["empty", "generator", "stream", "no data", "too much"],
 )
 def test_unusable_loaders(loader, fraction, message):
     with pytest.raises(InputError, match=message):

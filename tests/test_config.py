@@ -97,6 +97,9 @@ REFUSED = {
     "null": ("model", None, ["model: expected a string, got null"]),
     "impossible bit width": (f"{PRECISION}.bits", [2, 9], [f"{PRECISION}.bits[1]: 9 is not one of", "nearest is 8"]),
     "bit width 1": (f"{PRECISION}.fixed_bits", {"first": 1}, ["fixed_bits.first: 1 is not one of", "nearest is 2"]),
+    "no path": ("checkpoint", "a\0b", ["my.json: checkpoint:", "is no path"]),
+    "home of nobody": ("data.source", "imagefolder:~nobody-here/x", ["my.json: data.source:", "is no path"]),
+    "argument that is no JSON": ("model_arguments", {"width": float("inf")}, ["model_arguments: cannot be saved"]),
     "bit width twice": (f"{PRECISION}.bits", [4, 4], ["4 appears twice"]),
     "no bit widths": (f"{PRECISION}.bits", [], ["at least 1"]),
     "misspelt choice": ("deploy.target", "openvio", ['"openvio" is not one of', 'Did you mean "openvino"?']),
@@ -129,6 +132,17 @@ def test_all_problems_are_reported_at_once() -> None:
         Config.from_json(value)
     assert "batch_size" in str(caught.value)
     assert "modle" in str(caught.value)
+
+
+def test_a_wrong_item_is_reported_once_and_not_as_a_repetition() -> None:
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        Config.from_json(changed(f"{PRECISION}.bits", ["2", "4"]))
+    assert "twice" not in str(caught.value)
+
+
+def test_the_home_directory_is_understood() -> None:
+    config = Config.from_json(minimal() | {"checkpoint": "~/weights.safetensors"}, folder="/somewhere")
+    assert config.checkpoint == str(Path.home() / "weights.safetensors")
 
 
 @pytest.mark.parametrize("value", [[], "text", 3, None], ids=repr)

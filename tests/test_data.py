@@ -96,6 +96,7 @@ REFUSED_SOURCES = {
     "misspelt": ("digit", [1, 1, 8, 8], "Did you mean 'digits'"),
     "no folder": ("imagefolder:/nowhere", [1, 3, 8, 8], "/nowhere/train"),
     "folder for another input": ("imagefolder:/nowhere", [1, 1, 8, 8], r"needs \[1, 3, height, width\]"),
+    "digits of an impossible size": ("digits", [1, 1, 10**6, 10**6], "cannot be held in memory"),
     "digits for no image": ("digits", [1, 10], "digits are images"),
     "code that was not allowed": ("os:getcwd", [1, 1, 8, 8], "--allow-code"),
     "not a name": ("my loader:x y", [1, 1, 8, 8], "package.module:callable"),
@@ -106,6 +107,18 @@ REFUSED_SOURCES = {
 def test_a_source_that_cannot_be_used_says_why(source: str, size: list[int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_data(source, size, batch_size=4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"hello", None], ids=["no image", "half an image"])
+def test_a_damaged_image_is_named(tmp_path: Path, workers: int, content: bytes | None) -> None:
+    folder = image_folder(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
+    path = folder / "val" / "b" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(content or whole[: len(whole) * 2 // 3])
+    data = load_data(f"imagefolder:{folder}", [1, 3, 8, 8], batch_size=4, workers=workers)
+    with pytest.raises(InputError, match=r"val/b/1\.png: cannot be read as an image"):
+        list(data.validation)
 
 
 def test_an_empty_class_folder_is_refused(tmp_path: Path) -> None:
@@ -158,6 +171,13 @@ def test_an_empty_loader_is_refused() -> None:
         check_data(Data(empty, empty), [1, 1, 8, 8], 10)
 
 
+@pytest.mark.parametrize("loader", [None, 3, iter([1])], ids=["none", "number", "iterator"])
+def test_a_loader_that_cannot_be_read_again_is_refused(loader: Any) -> None:
+    whole = [(IMAGES, LABELS)]
+    with pytest.raises(InputError, match=r"validation loader is of type .* cannot be read anew"):
+        check_data(Data(whole, loader), [1, 1, 8, 8], 10)
+
+
 IMAGES = torch.zeros(2, 1, 8, 8)
 LABELS = torch.tensor([0, 9])
 REFUSED_BATCHES = {
@@ -165,6 +185,8 @@ REFUSED_BATCHES = {
     "three parts": ((IMAGES, LABELS, LABELS), "pair of tensors"),
     "not tensors": (([1], [2]), "pair of tensors"),
     "other shape": ((torch.zeros(2, 3, 8, 8), LABELS), r"shape \[2, 3, 8, 8\]"),
+    "double": ((IMAGES.double(), LABELS), "torch.float64"),
+    "no sample": ((IMAGES[:0], LABELS[:0]), "holds no sample"),
     "bytes": ((IMAGES.byte(), LABELS), "torch.uint8"),
     "NaN": ((IMAGES + math.nan, LABELS), "NaN"),
     "label too large": ((IMAGES, torch.tensor([0, 10])), r"label 10 is outside 0\.\.9"),

@@ -52,7 +52,8 @@ REFUSED = {
     "what a module has imported": ("nncf_mpq_plugin.networks:nn", {}, "no callable 'nn'"),
     "class of torch in it": ("nncf_mpq_plugin.networks:Tensor", {}, "no callable 'Tensor'"),
     "dotted attribute": ("nncf_mpq_plugin.networks:torch.load", {}, "not of the form"),
-    "no colon": ("resnet18", {}, "not of the form"),
+    "no colon": ("resnet18", {}, "not of the form.* Did you mean 'torchvision:resnet18'"),
+    "no colon, no name": ("qqqq", {}, r"not of the form.*for a model\)\.$"),
 }
 
 
@@ -66,6 +67,7 @@ def test_foreign_code_is_imported_only_where_allowed(tmp_path: Path, monkeypatch
     (tmp_path / "foreign_model.py").write_text(
         "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
         "from torch import nn\ndef make():\n    return nn.Linear(2, 2)\ndef nothing():\n    return 1\n"
+        "def leaves():\n    raise SystemExit(3)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="--allow-code"):
@@ -74,6 +76,8 @@ def test_foreign_code_is_imported_only_where_allowed(tmp_path: Path, monkeypatch
     assert isinstance(build_model("foreign_model:make", {}, allow_code=True), nn.Linear)
     with pytest.raises(ConfigError, match="returned int"):
         build_model("foreign_model:nothing", {}, allow_code=True)
+    with pytest.raises(ConfigError, match="raised SystemExit: 3"):
+        build_model("foreign_model:leaves", {}, allow_code=True)
     with pytest.raises(ConfigError, match="'no_such_module' of"):
         build_model("no_such_module:make", {}, allow_code=True)
 
@@ -119,9 +123,10 @@ def test_bad_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match=r"plain\.pkl"):
         read_state("plain.pkl")
     assert not Path("it-ran").exists()
-    torch.save([1, 2], "list.pth")
-    with pytest.raises(InputError, match="expected parameter names"):
-        read_state("list.pth")
+    for value in ([1, 2], {}, {1: torch.zeros(2)}, {"epoch": 3}):
+        torch.save(value, "other.pth")
+        with pytest.raises(InputError, match="expected parameter names"):
+            read_state("other.pth")
 
 
 def test_weights_of_another_model_are_refused_and_nothing_is_changed(tmp_path: Path) -> None:
