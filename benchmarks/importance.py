@@ -154,7 +154,9 @@ def policy_of(method: str, net: Trained, budget: Budget, seed: int) -> tuple[Pol
     return policy, seconds + time.perf_counter() - begin
 
 
-def measurements(networks: list[str], seeds: list[int], levels: list[float], methods: list[str], output: Path) -> Iterator[str]:
+def measurements(
+    networks: list[str], seeds: list[int], levels: list[float], methods: list[str], output: Path
+) -> Iterator[str]:
     """Measure what ``output`` lacks; one line for each measurement."""
     data = cluttered_digits.load()
     for seed in seeds:
@@ -214,7 +216,9 @@ def table_of(network: str, level: float, output: Path) -> Table:
             statistics.mean(result[key] for result in by_seed.values())
             for key in ("joint_loss", "search_seconds", "fine_tuning_seconds")
         ]
-        rows.append((mean, method, [*numbers, f"{100 * mean:.2f}", f"{others[0]:.3f}", *(f"{x:.1f}" for x in others[1:])]))
+        rows.append(
+            (mean, method, [*numbers, f"{100 * mean:.2f}", f"{others[0]:.3f}", *(f"{x:.1f}" for x in others[1:])])
+        )
     for _, method, numbers in sorted(rows, reverse=True):
         table.add_row(method, *numbers)
     return table

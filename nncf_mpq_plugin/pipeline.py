@@ -217,6 +217,9 @@ class Pipeline:
         """Place quantizers, train one scale per bit width, and write the importance table."""
         config = self.folder.config
         quantized = self._place()
+        floating = quantized.floating_parameters
+        if floating:
+            self._log(f"  Kept in floating point, and not counted in sizes and BitOps: {', '.join(floating)}")
         result = train_jointly(
             quantized,
             self.data.train,

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
@@ -185,3 +186,28 @@ def test_model_without_layers_is_refused():
     model = torch.nn.ReLU()
     with pytest.raises(UnsupportedModelError):
         nncf3.place(model, inputs()[0], inputs(), bits=(4,))
+
+
+class Mixture(nn.Module):
+    """Layers that are quantized, and parameters of operations that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.up = nn.ConvTranspose2d(8, 8, 3)
+        self.middle = nn.Conv2d(8, 8, 1)
+        self.matrix = nn.Parameter(torch.randn(8, 8))
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.middle(torch.relu(self.up(torch.relu(self.first(x))))))
+        return self.last(torch.relu(x.mean((2, 3)) @ self.matrix))
+
+
+def test_parameters_that_stay_in_floating_point_are_listed() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 16, 16)
+    quantized = nncf3.place(Mixture().eval(), images[:1], [images], bits=(2, 4))
+    assert {layer.cost.name for layer in quantized.layers} == {"first", "middle", "last"}
+    assert quantized.floating_parameters == ("matrix", "up.weight")
+    assert nncf3.place(prepared(Residual), images[:1], [images], bits=(2, 4)).floating_parameters == ()

@@ -42,7 +42,7 @@ from nncf_mpq_plugin.adapters.plan import (
 )
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel
-from nncf_mpq_plugin.quantizer import MultiBitQuantizer
+from nncf_mpq_plugin.quantizer import MultiBitQuantizer, quantizers_of
 from nncf_mpq_plugin.types import LayerBits, LayerCost, read_json, write_json
 
 # NNCF compiles a CPU extension on first use and gives up after 60 s, which a busy machine exceeds
@@ -105,6 +105,14 @@ class NNCFQuantizedModel(QuantizedModel):
 
     sites: Mapping[str, LayerSite] = None  # type: ignore[assignment]
     plan: Plan = None  # type: ignore[assignment]
+
+    @property
+    def floating_parameters(self) -> tuple[str, ...]:
+        """Names of matrices and larger parameters that no quantizer is on, so that they stay in floating point."""
+        quantized = {site.weight for site in self.sites.values()}
+        scales = {id(scale) for quantizer in quantizers_of(self.model) for scale in quantizer.parameters()}
+        named = self.model.named_parameters()
+        return tuple(n for n, p in named if p.dim() > 1 and n not in quantized and id(p) not in scales)
 
 
 def place(
