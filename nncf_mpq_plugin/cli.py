@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nncf_mpq_plugin import tables
-from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError, InterruptedRun, MPQError
+from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError, InterruptedRun, MPQError, VerificationError
 from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json, write_json
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def _failure(error: MPQError) -> dict[str, Any]:
     if isinstance(error, InfeasibleBudgetError):
         known = {"budget": error.budget, "requested": error.requested, "achievable": error.achievable}
         return {"status": "infeasible", **known, "message": str(error)}
-    return {"status": "error", "error": type(error).__name__, "message": str(error)}
+    report = {"report": error.report} if isinstance(error, VerificationError) else {}
+    return {"status": "error", "error": type(error).__name__, "message": str(error), **report}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--policy", metavar="FILE", help="use this policy (edited by hand, say) in place of the run's")
     command("export", _export, "Write the ONNX file and the OpenVINO IR.", run=RUN_HELP)
     description = "Compare the exported files with the trained model."
-    command("verify", _verify, description, run=RUN_HELP, json_help="print verify.json")
+    added = command("verify", _verify, description, run=RUN_HELP, json_help="print the report (verify.json)")
+    added.add_argument(
+        "--model", metavar="FILE", help="compare this exported file (.xml or .onnx) in place of the run's, which stay"
+    )
     description = "Latency, kernels, sizes, load time and memory beside FP32 and INT8."
     added = command("benchmark", _benchmark, description, run=RUN_HELP, json_help="print benchmark.json")
     added.add_argument("--seconds", type=float, default=3.0, metavar="N", help="measuring time of each model (3)")
@@ -269,10 +273,15 @@ def _export(options: argparse.Namespace, out: Console) -> None:
 
 def _verify(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     with _pipeline(options, out) as pipeline:
-        pipeline.run_stage("verify")
-    report: dict[str, Any] = read_json(pipeline.folder.file("verify.json"))
-    _quiet_for_json(options, out).print(tables.verification_table(report))
-    return report
+        report = pipeline.agreement(options.model) if options.model else None
+        if report is None:
+            pipeline.folder.forget("verify")
+            pipeline.run_stage("verify")
+    value: dict[str, Any] = report.to_json() if report else read_json(pipeline.folder.file("verify.json"))
+    _quiet_for_json(options, out).print(tables.verification_table(value))
+    if report:
+        report.check()
+    return value
 
 
 def _benchmark(options: argparse.Namespace, out: Console) -> dict[str, Any]:

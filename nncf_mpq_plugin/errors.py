@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class MPQError(Exception):
     """Base class. ``exit_code`` is what the command line returns for it."""
@@ -38,9 +41,17 @@ class InfeasibleBudgetError(MPQError):
 
 
 class VerificationError(MPQError):
-    """The deployed model does not agree with the model it was exported from."""
+    """
+    The deployed model does not agree with the model it was exported from.
+
+    :param report: what was measured, as in verify.json.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None):
+        super().__init__(message)
+        self.report = report or {}
 
 
 class TrainingError(MPQError):

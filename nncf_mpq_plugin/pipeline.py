@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ from nncf_mpq_plugin.sensitivity import fisher_importance, loss_change_importanc
 from nncf_mpq_plugin.summary import summarize
 from nncf_mpq_plugin.training import Evaluation, LossFunction, evaluate, set_weights, to_device, weights_of
 from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json, write_json
+
+if TYPE_CHECKING:
+    from nncf_mpq_plugin.deploy.verification import VerifyReport
 
 FLOAT_MODEL, FLOAT_METRICS = "float/model.safetensors", "float/metrics.json"
 JOINT_MODEL, JOINT_HISTORY = "joint/model.safetensors", "joint/history.json"
@@ -336,12 +340,20 @@ class Pipeline:
 
         :raises VerificationError: if they disagree; verify.json says by how much.
         """
+        report = self.agreement(self.folder.file("deploy"))
+        write_json(self.folder.file(VERIFICATION), report.to_json())
+        report.check()
+
+    def agreement(self, exported: str | Path) -> VerifyReport:
+        """
+        Compare an exported file, or a folder of them, with the torch model on validation samples.
+
+        :param exported: ``.xml``, ``.onnx``, or a folder with ``model.xml`` and ``model.onnx``.
+        """
         from nncf_mpq_plugin.deploy import verify
 
         samples = (split_batch(batch)[0] for batch in self.data.validation)
-        report = verify(self.frozen_model(), self.folder.file("deploy"), samples, self.folder.config.verify_samples)
-        write_json(self.folder.file(VERIFICATION), report.to_json())
-        report.check()
+        return verify(self.frozen_model(), exported, samples, self.folder.config.verify_samples)
 
     def summarize(self) -> None:
         """Write summary.json."""

@@ -128,6 +128,10 @@ class RunFolder:
         """Mark a stage as done."""
         write_json(self._marker(stage), self._digests(inputs))
 
+    def forget(self, stage: str) -> None:
+        """Let a stage run again on the same inputs."""
+        _remove(self._marker(stage))
+
     def _marker(self, stage: str) -> Path:
         return self.path / "state" / f"{stage}.done.json"
 

@@ -1,5 +1,8 @@
 """Export and verification with real OpenVINO and ONNX Runtime."""
 
+import copy
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +13,9 @@ nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF
 from networks import Branches, Residual, prepared  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
-from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels  # noqa: E402
+from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
+from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels, save_ir, to_openvino  # noqa: E402
+from nncf_mpq_plugin.deploy.runtimes import run_openvino  # noqa: E402
 from nncf_mpq_plugin.errors import InputError, VerificationError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
@@ -81,20 +86,70 @@ def test_batch_size_is_free(exported):
     assert compiled({0: np.zeros((3, 3, 16, 16), np.float32)})[0].shape == (3, 10)
 
 
-def test_disagreement_is_found(exported, tmp_path):
-    _, frozen, folder = exported
+def damaged(folder, target, layer):
+    """Copy the export and negate a layer's weights in the ONNX file."""
     for name in ("model.xml", "model.bin", "model.onnx"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    model = onnx.load(tmp_path / "model.onnx")
-    weight = next(item for item in model.graph.initializer if item.name.endswith(".integers") and len(item.dims) > 1)
-    data = onnx.numpy_helper.to_array(weight).copy()
-    data[0] = -data[0]
-    weight.CopyFrom(onnx.numpy_helper.from_array(data, weight.name))
-    onnx.save(model, tmp_path / "model.onnx")
+        (target / name).write_bytes((folder / name).read_bytes())
+    model = onnx.load(target / "model.onnx")
+    node = next(node for node in model.graph.node if node.name == layer)
+    dequantize = next(other for other in model.graph.node if other.output[0] == node.input[1])
+    weight = next(item for item in model.graph.initializer if item.name == dequantize.input[0])
+    data = onnx.numpy_helper.to_array(weight)
+    weight.CopyFrom(onnx.numpy_helper.from_array(-data, weight.name))
+    onnx.save(model, target / "model.onnx")
+
+
+LAYERS = {"Residual": ["stem", "block1.conv1", "block2.conv2"], "Branches": ["left", "depthwise", "head"]}
+
+
+@pytest.mark.parametrize("index", range(3), ids=["early", "middle", "late"])
+def test_disagreement_is_found_and_its_layer_named(exported, tmp_path, index):
+    quantized, frozen, folder = exported
+    layer = LAYERS["Residual" if "block1.conv1" in quantized.sites else "Branches"][index]
+    damaged(folder, tmp_path, layer)
     report = deploy.verify(frozen, tmp_path, batches())
-    assert {r.name for r in report.runtimes if r.required and r.failures} == {"OpenVINO ONNX", "ONNX Runtime"}
-    with pytest.raises(VerificationError, match="ONNX Runtime"):
+    broken = {r.name: r for r in report.runtimes if r.required and r.failures}
+    assert set(broken) == {"OpenVINO ONNX", "ONNX Runtime"}
+    for runtime in broken.values():
+        assert layer in runtime.divergence.layers
+        assert runtime.divergence.share > 0.001 > runtime.divergence.own_share
+        assert runtime.divergence.expected != runtime.divergence.got
+    with pytest.raises(VerificationError, match=rf"ONNX Runtime.*first diverges in layer [^(]*{layer}"):
         report.check()
+
+
+def test_a_divergence_of_an_openvino_ir_is_found(exported, tmp_path):
+    quantized, frozen, folder = exported
+    layer = list(quantized.sites)[2]
+    damaged(folder, tmp_path, layer)
+    save_ir(to_openvino(tmp_path / "model.onnx"), tmp_path / "model.xml")
+    report = deploy.verify(frozen, tmp_path / "model.xml", batches())
+    (runtime,) = [r for r in report.runtimes if r.required]
+    assert layer in runtime.divergence.layers
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_divergence_that_looking_would_hide_is_found(exported):
+    """As a fused kernel does: the wrong values appear only while the tensor before them is not looked at."""
+    _, frozen, folder = exported
+    inputs = torch.cat(batches())[:8]
+    trace = Trace(copy.deepcopy(frozen), inputs)
+    second, third = trace.tensors[1:3]
+
+    def run(samples, taps):
+        found = run_openvino(folder / "model.xml", samples, taps)
+        if second not in taps and third in found:
+            found[third] = found[third] + trace.steps[third]
+        return found
+
+    assert trace.first_divergence(lambda x, taps: run_openvino(folder / "model.xml", x, taps)) is None
+    assert trace.first_divergence(run).tensor == third
+
+
+def test_a_file_of_another_kind_is_an_input_error(exported, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"ends in \.xml"):
+        deploy.verify(exported[1], tmp_path / "model.pt", batches())
 
 
 def test_missing_file_is_an_input_error(exported, tmp_path):

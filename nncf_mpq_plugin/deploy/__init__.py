@@ -53,11 +53,11 @@ def export(frozen: nn.Module, example_input: Tensor, directory: str | Path) -> E
     return result
 
 
-def verify(frozen: nn.Module, directory: str | Path, samples: Any, limit: int = 256) -> VerifyReport:
-    """Compare the exported files with the frozen model; see :func:`nncf_mpq_plugin.deploy.verification.verify`."""
+def verify(frozen: nn.Module, path: str | Path, samples: Any, limit: int = 256) -> VerifyReport:
+    """Compare exported files with the frozen model; see :func:`nncf_mpq_plugin.deploy.verification.verify`."""
     from nncf_mpq_plugin.deploy.verification import verify as run
 
-    return run(frozen, directory, samples, limit)
+    return run(frozen, path, samples, limit)
 
 
 def benchmark(

@@ -110,14 +110,12 @@ def is_marker(node: onnx.NodeProto) -> bool:
 
 def layer_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """:return: name of the weighted layer -> the node that computes it; ``model`` has markers."""
-    parameters = {item.name for item in model.graph.initializer}
+    parameters = _parameters(model)
     layers: dict[str, onnx.NodeProto] = {}
     weight_of: dict[str, str] = {}
     for node in model.graph.node:
         if is_marker(node) and node.input[0] in parameters:
             weight_of[node.output[0]] = node.input[0].removesuffix(".weight")
-        elif node.op_type == "Identity" and node.input[0] in parameters:
-            parameters.add(node.output[0])
         elif node.op_type == "Transpose" and node.input[0] in weight_of:
             weight_of[node.output[0]] = weight_of[node.input[0]]
         elif len(node.input) > 1 and node.input[1] in weight_of:
@@ -125,14 +123,27 @@ def layer_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return layers
 
 
+def quantized_tensors(model: onnx.ModelProto) -> list[str]:
+    """:return: names of the quantized activations in the order of computation; ``model`` has markers."""
+    parameters = _parameters(model)
+    return [node.output[0] for node in model.graph.node if is_marker(node) and node.input[0] not in parameters]
+
+
+def _parameters(model: onnx.ModelProto) -> set[str]:
+    parameters = {item.name for item in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Identity" and node.input[0] in parameters:
+            parameters.add(node.output[0])  # torch writes equal parameters once
+    return parameters
+
+
 def _use_names_of_torch(model: onnx.ModelProto) -> None:
     for name, node in layer_nodes(model).items():
         node.name = name
     names = {}
-    outputs = {item.name for item in model.graph.output}
-    parameters = {item.name for item in model.graph.initializer}
+    activations = set(quantized_tensors(model)) - {item.name for item in model.graph.output}
     for node in model.graph.node:
-        if is_marker(node) and node.input[0] not in parameters and node.output[0] not in outputs:
+        if is_marker(node) and node.output[0] in activations:
             hook = next(a.s.decode() for a in node.attribute if a.name == "name")
             names[node.output[0]] = tensor_name(hook)
     for node in model.graph.node:

@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from nncf_mpq_plugin.deploy.openvino import compile_exactly
+from nncf_mpq_plugin.deploy.divergence import Divergence, Runner, Trace
+from nncf_mpq_plugin.deploy.runtimes import BATCH, OUTPUT, run_onnxruntime, run_openvino
 from nncf_mpq_plugin.errors import InputError, VerificationError
 
 AGREEMENT = 1e-3  # outputs agree within this share of the outputs' standard deviation
 SHARE_TOLERANCE = 0.02  # (a): how far a runtime's share of agreeing samples may be below torch's own
 MEAN_TOLERANCE = 0.01  # (c): mean absolute difference as a share of the standard deviation
-BATCH = 32
+TRACED_SAMPLES = 16  # those that differ most, in which the first diverging layer is looked for
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Agreement:
     :param top1_decided: the same over samples whose margin exceeds torch's own noise; 1.0 if there is none.
     :param required: whether the contract covers it; the others are reported only.
     :param failures: what of the contract it breaks, in words.
+    :param divergence: the first tensor that differs, where the contract is broken and one can be named.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Agreement:
     top1_decided: float
     required: bool
     failures: tuple[str, ...]
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True)
@@ -86,28 +87,72 @@ class VerifyReport:
     def check(self) -> None:
         """:raises VerificationError: naming each runtime and what it breaks, if the contract is not kept."""
         if not self.ok:
-            broken = [f"{r.name}: {'; '.join(r.failures)}" for r in self.runtimes if r.required and r.failures]
+            broken = [
+                f"{r.name}: {'; '.join([*r.failures, *([str(r.divergence)] if r.divergence else [])])}"
+                for r in self.runtimes
+                if r.required and r.failures
+            ]
             msg = (
                 f"The exported model does not agree with the trained one on {self.samples} samples. "
                 f"{' | '.join(broken)}. "
                 "Do not deploy it. Check that the export is of this model, and report the model if it is."
             )
-            raise VerificationError(msg)
+            raise VerificationError(msg, self.to_json())
 
 
-def verify(frozen: nn.Module, directory: str | Path, samples: Iterable[Tensor], limit: int = 256) -> VerifyReport:
+def verify(frozen: nn.Module, path: str | Path, samples: Iterable[Tensor], limit: int = 256) -> VerifyReport:
     """
-    Compare the exported files with the frozen model.
+    Compare exported files with the frozen model.
 
     :param frozen: the model that was exported.
-    :param directory: holds ``model.xml`` and ``model.onnx``.
+    :param path: an exported file (``.xml`` or ``.onnx``), or the folder that holds ``model.xml`` and ``model.onnx``.
     :param samples: batches ``[N, ...]`` of real inputs.
     :param limit: number of samples to use.
     :return: the report; call its ``check`` to fail on disagreement.
     :raises InputError: if a file is missing or there are no samples.
     """
-    directory = Path(directory)
-    batches, count = [], 0
+    runners = _runners(Path(path))
+    inputs = _take(samples, limit)
+    frozen = copy.deepcopy(frozen).cpu().eval()
+    with torch.no_grad():
+        reference = _output(torch.cat([_single(frozen(x)) for x in inputs.split(BATCH)]))
+        double = frozen.double()
+        exact = _output(torch.cat([_single(double(x.double())) for x in inputs.split(BATCH)]))
+        frozen.float()
+    noise = _compare("torch float64", exact, reference, None, required=False)
+    runtimes = []
+    for name, (run, required) in runners.items():
+        output = _output(run(inputs.numpy(), [])[OUTPUT])
+        found = _compare(name, output, reference, (noise, exact), required)
+        if required and found.failures:
+            difference = np.nan_to_num(np.abs(output - reference), nan=np.inf).max(1)
+            worst = np.sort(np.argsort(-difference, kind="stable")[:TRACED_SAMPLES])
+            found = replace(found, divergence=Trace(frozen, inputs[worst]).first_divergence(run))
+        runtimes.append(found)
+    return VerifyReport(len(inputs), noise, tuple(runtimes))
+
+
+def _runners(path: Path) -> dict[str, tuple[Runner, bool]]:
+    """:return: name -> how to run a file, and whether the contract covers it."""
+    if path.is_dir():
+        return {**_runners(path / "model.xml"), **_runners(path / "model.onnx")}
+    if path.suffix == ".xml":
+        return {
+            "OpenVINO IR": (lambda inputs, taps: run_openvino(path, inputs, taps), True),
+            "OpenVINO IR, default properties": (lambda inputs, taps: run_openvino(path, inputs, taps, {}), False),
+        }
+    if path.suffix == ".onnx":
+        return {
+            "OpenVINO ONNX": (lambda inputs, taps: run_openvino(path, inputs, taps), True),
+            "ONNX Runtime": (lambda inputs, taps: run_onnxruntime(path, inputs, taps), True),
+        }
+    msg = f"{path}: an exported model ends in .xml (with its .bin beside it) or .onnx."
+    raise InputError(msg)
+
+
+def _take(samples: Iterable[Tensor], limit: int) -> Tensor:
+    batches: list[Tensor] = []
+    count = 0
     for batch in samples:
         batches.append(batch[: limit - count].float().cpu())
         count += len(batches[-1])
@@ -116,23 +161,7 @@ def verify(frozen: nn.Module, directory: str | Path, samples: Iterable[Tensor], 
     if count == 0:
         msg = "There are no samples to verify the exported model with."
         raise InputError(msg)
-    inputs = torch.cat(batches)
-    frozen = copy.deepcopy(frozen).cpu().eval()
-    with torch.no_grad():
-        reference = _output(torch.cat([_single(frozen(x)) for x in inputs.split(BATCH)]))
-        double = frozen.double()
-        exact = _output(torch.cat([_single(double(x.double())) for x in inputs.split(BATCH)]))
-    noise = _compare("torch float64", exact, reference, None, required=False)
-    array = inputs.numpy()
-    ir, onnx = directory / "model.xml", directory / "model.onnx"
-    outputs = [
-        ("OpenVINO IR", _run_openvino(compile_exactly(ir), array), True),
-        ("OpenVINO ONNX", _run_openvino(compile_exactly(onnx), array), True),
-        ("ONNX Runtime", _run_onnxruntime(onnx, array), True),
-        ("OpenVINO IR, default properties", _run_openvino(ov.Core().compile_model(str(ir), "CPU"), array), False),
-    ]
-    runtimes = tuple(_compare(name, output, reference, (noise, exact), required) for name, output, required in outputs)
-    return VerifyReport(count, noise, runtimes)
+    return torch.cat(batches)
 
 
 def _compare(
@@ -162,18 +191,6 @@ def _compare(
         if decided < 1.0:
             failures.append(f"top-1 differs on {1 - decided:.1%} of the samples where torch decides clearly")
     return Agreement(name, agreeing, mean, float(worst.max()), float(same.mean()), decided, required, tuple(failures))
-
-
-def _run_openvino(compiled: ov.CompiledModel, inputs: np.ndarray) -> np.ndarray:
-    return _output(np.concatenate([compiled({0: x})[0] for x in np.split(inputs, range(BATCH, len(inputs), BATCH))]))
-
-
-def _run_onnxruntime(path: Path, inputs: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return _output(
-        np.concatenate([session.run(None, {name: x})[0] for x in np.split(inputs, range(BATCH, len(inputs), BATCH))])
-    )
 
 
 def _single(output: Any) -> Tensor:

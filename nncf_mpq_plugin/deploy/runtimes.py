@@ -1,0 +1,81 @@
+"""Run an exported file on samples, with a look at tensors inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino as ov
+
+from nncf_mpq_plugin.deploy.openvino import EXACT
+from nncf_mpq_plugin.errors import InputError
+
+OUTPUT = "output"
+"""Name of the result in what the functions return."""
+BATCH = 32
+
+
+def run_openvino(
+    path: str | Path, inputs: np.ndarray, taps: Sequence[str] = (), properties: Mapping[str, Any] = EXACT
+) -> dict[str, np.ndarray]:
+    """
+    :param path: ``.xml`` or ``.onnx``.
+    :param inputs: ``[N, ...]`` float32.
+    :param taps: names of tensors to return as well; those that the file does not have are left out.
+    :param properties: compile-time properties.
+    :return: ``OUTPUT`` and taps -> ``[N, ...]``.
+    :raises InputError: if the file is missing, or cannot be read or compiled.
+    """
+    _check(path)
+    core = ov.Core()
+    try:
+        model = core.read_model(str(path))
+        present = {name for op in model.get_ops() for port in op.outputs() for name in port.get_names()}
+        taps = [name for name in taps if name in present]
+        if taps:
+            model.add_outputs(taps)
+        compiled = core.compile_model(model, "CPU", dict(properties))
+    except RuntimeError as error:
+        msg = f"{path}: OpenVINO cannot use it ({str(error)[:500]}). Export the model again."
+        raise InputError(msg) from error
+    ports = {OUTPUT: compiled.output(0), **{name: compiled.output(name) for name in taps}}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ports}
+    for batch in _batches(inputs):
+        results = compiled({0: batch})
+        for name, port in ports.items():
+            parts[name].append(np.array(results[port]))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def run_onnxruntime(path: str | Path, inputs: np.ndarray, taps: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """As :func:`run_openvino`, for ``.onnx`` in ONNX Runtime's CPU provider."""
+    _check(path)
+    try:
+        model = onnx.load(path)
+        present = {name for node in model.graph.node for name in node.output}
+        taps = [name for name in taps if name in present]
+        model.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in taps
+        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        msg = f"{path}: ONNX Runtime cannot use it ({str(error)[:500]}). Export the model again."
+        raise InputError(msg) from error
+    names = [session.get_outputs()[0].name, *taps]
+    feed = session.get_inputs()[0].name
+    results = [session.run(names, {feed: batch}) for batch in _batches(inputs)]
+    return {name: np.concatenate([result[index] for result in results]) for index, name in enumerate([OUTPUT, *taps])}
+
+
+def _batches(inputs: np.ndarray) -> list[np.ndarray]:
+    return np.split(inputs, range(BATCH, len(inputs), BATCH))
+
+
+def _check(path: str | Path) -> None:
+    if not Path(path).is_file():
+        msg = f"{path}: no such file. Run the export first."
+        raise InputError(msg)
