@@ -42,7 +42,7 @@ from nncf_mpq_plugin.training import evaluate, set_weights, weights_of
 from nncf_mpq_plugin.types import AverageBits, Budget, ImportanceTable, Policy
 
 NETWORKS: Mapping[str, Callable[[], torch.nn.Module]] = {
-    "depthwise": lambda: digits_mobilenet(width=8),
+    "depthwise": lambda: digits_mobilenet(width=12, stem_stride=2),
     "residual": lambda: digits_resnet(width=8, blocks=3),
 }
 BITS = (2, 3, 4, 5, 6)

@@ -111,7 +111,9 @@ def digits_resnet(num_classes: int = 10, channels: int = 1, width: int = 16, blo
     return Classifier(_convolution(channels, width, 3, nn.ReLU), layers, nn.Identity(), inputs, num_classes)
 
 
-def digits_mobilenet(num_classes: int = 10, channels: int = 1, width: int = 16, expansion: int = 4) -> nn.Module:
+def digits_mobilenet(
+    num_classes: int = 10, channels: int = 1, width: int = 16, expansion: int = 4, stem_stride: int = 1
+) -> nn.Module:
     """
     Network of six inverted residual blocks [MobileNetV2].
 
@@ -119,6 +121,7 @@ def digits_mobilenet(num_classes: int = 10, channels: int = 1, width: int = 16, 
     :param channels: channels of the input; its size is free.
     :param width: channels after the stem; later stages have 1.5 and 2 times as many.
     :param expansion: hidden channels / input channels of a block.
+    :param stem_stride: stride of the first convolution (2 in the original, for larger images).
     :return: a network ``[N, channels, H, W] -> [N, num_classes]`` with random weights.
     """
     layers: list[nn.Module] = []
@@ -133,5 +136,6 @@ def digits_mobilenet(num_classes: int = 10, channels: int = 1, width: int = 16, 
     ):
         layers.append(InvertedResidual(inputs, outputs, stride, expansion))
         inputs = outputs
-    stem, head = _convolution(channels, width, 3, nn.ReLU6), _convolution(inputs, inputs * 4, 1, nn.ReLU6)
+    stem = _convolution(channels, width, 3, nn.ReLU6, stem_stride)
+    head = _convolution(inputs, inputs * 4, 1, nn.ReLU6)
     return Classifier(stem, layers, head, inputs * 4, num_classes)
