@@ -161,8 +161,8 @@ def limits_of(table: ImportanceTable, budget: Budget, latency: LatencyTable | No
     if budget.bitops is not None:
         add("bitops", budget.bitops, budget.bitops, bitops, float)
     if budget.bitops_ratio is not None:
-        whole = macs * INT8 * INT8
-        add("bitops_ratio", budget.bitops_ratio, budget.bitops_ratio * whole, bitops, lambda n: n / whole)
+        int8_bitops = macs * INT8 * INT8
+        add("bitops_ratio", budget.bitops_ratio, budget.bitops_ratio * int8_bitops, bitops, lambda n: n / int8_bitops)
     if budget.average_bits is not None:
         weight, activation = budget.average_bits.weight, budget.average_bits.activation
         if weight is not None and activation is not None:
@@ -173,9 +173,9 @@ def limits_of(table: ImportanceTable, budget: Budget, latency: LatencyTable | No
             cost = lambda layer, w, a: layer.macs * a  # noqa: E731
             add("average_bits.activation", activation, activation * macs, cost, lambda n: n / macs)
     if budget.compression_ratio is not None:
-        whole = FLOAT_BITS * all_weights
-        bound = whole / budget.compression_ratio - fixed
-        add("compression_ratio", budget.compression_ratio, bound, weight_bits, lambda n: whole / (n + fixed))
+        float_bits = FLOAT_BITS * all_weights
+        bound = float_bits / budget.compression_ratio - fixed
+        add("compression_ratio", budget.compression_ratio, bound, weight_bits, lambda n: float_bits / (n + fixed))
     if budget.model_size_bytes is not None:
         bound = 8 * budget.model_size_bytes - fixed
         add("model_size_bytes", budget.model_size_bytes, bound, weight_bits, lambda n: (n + fixed) / 8)

@@ -177,6 +177,14 @@ def test_fixed_layers_count_in_the_compression_ratio_only():
     assert solution.compression_ratio == pytest.approx(32 * 230 / expected)
 
 
+def test_each_budget_is_reported_in_its_own_unit():
+    solution = search(make_table(SIMPLE), Budget(bitops_ratio=0.2, compression_ratio=8.0, model_size_bytes=60))
+    achieved = {name: budget["achieved"] for name, budget in solution.budgets.items()}
+    assert achieved["bitops_ratio"] == solution.bitops / (300 * 64) <= 0.2
+    assert achieved["compression_ratio"] == solution.compression_ratio >= 8
+    assert achieved["model_size_bytes"] == solution.weight_bits / 8 <= 60
+
+
 @pytest.mark.parametrize(("rule", "used"), [("ban", None), ("isotonic", 2.5), ("keep", 3.0)])
 def test_importance_out_of_order_is_listed(rule, used):
     table = make_table([(100, 50, (2.0, 3.0, 1.0), (3.0, 2.0, 1.0))])
