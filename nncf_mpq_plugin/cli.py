@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     added = command("benchmark", _benchmark, description, run=RUN_HELP, json_help="print benchmark.json")
     added.add_argument("--seconds", type=float, default=3.0, metavar="N", help="measuring time of each model (3)")
     added.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each inference (2)")
+    description = "Write report.html, one page that shows the run as far as it has come."
+    command("report", _report, description).add_argument("run", metavar="RUN", help="the folder of a run")
     added = commands.add_parser("config", help="Check a config, or print what it may hold.")
     actions = added.add_subparsers(title="actions", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="validate a config file")
@@ -309,6 +311,12 @@ def _benchmark(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     for name, reason in report["left_out"].items():
         out.print(f"{name}: could not be made ({reason})", highlight=False, markup=False)
     return report
+
+
+def _report(options: argparse.Namespace, out: Console) -> None:
+    from nncf_mpq_plugin.report import write_report
+
+    out.print(f"The report is {write_report(options.run)}", highlight=False)
 
 
 def _config_check(options: argparse.Namespace, out: Console) -> None:

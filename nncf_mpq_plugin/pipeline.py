@@ -29,6 +29,7 @@ from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
 from nncf_mpq_plugin.floating import FloatConfig, train_float
 from nncf_mpq_plugin.importance import importance_from_scales
 from nncf_mpq_plugin.joint import JointConfig, train_jointly
+from nncf_mpq_plugin.loop import History
 from nncf_mpq_plugin.models import build_model, check_model, load_weights
 from nncf_mpq_plugin.refine import JointLoss, Refinement, refine
 from nncf_mpq_plugin.runfolder import RunFolder
@@ -48,6 +49,8 @@ MODEL, MODEL_CONFIG, MODEL_METRICS = "model/model.safetensors", "model/nncf_conf
 UNIFORM_METRICS = "uniform/metrics.json"
 ONNX, IR, IR_WEIGHTS = "deploy/model.onnx", "deploy/model.xml", "deploy/model.bin"
 VERIFICATION, SUMMARY = "verify.json", "summary.json"
+MODEL_HISTORY, UNIFORM_HISTORY = "model/history.json", "uniform/history.json"
+BENCHMARK, REPORT = "benchmark.json", "report.html"
 SCALE_ALPHAS = (0.5, 1.0, 2.0)  # of the learned scales, among what a refinement may begin with
 
 
@@ -318,14 +321,16 @@ class Pipeline:
 
     def finetune(self) -> None:
         """Fine-tune at the policy's bits and freeze."""
-        frozen = self._finetuned(Policy.load(self.folder.file(POLICY)), "finetune")
+        frozen, history = self._finetuned(Policy.load(self.folder.file(POLICY)), "finetune")
         metrics = self._evaluate(frozen)
         save_model(self.folder.file("model"), frozen)
+        write_json(self.folder.file(MODEL_HISTORY), history.to_json())
         write_json(self.folder.file(MODEL_METRICS), metrics)
 
     def finetune_uniform(self) -> None:
         """Fine-tune the uniform policy of the same budget under the same schedule, for comparison."""
-        frozen = self._finetuned(Policy.load(self.folder.file(UNIFORM_POLICY)), "uniform")
+        frozen, history = self._finetuned(Policy.load(self.folder.file(UNIFORM_POLICY)), "uniform")
+        write_json(self.folder.file(UNIFORM_HISTORY), history.to_json())
         write_json(self.folder.file(UNIFORM_METRICS), self._evaluate(frozen))
 
     def export(self) -> None:
@@ -372,6 +377,12 @@ class Pipeline:
         )
         write_json(self.folder.file(SUMMARY), summary)
 
+    def report(self) -> None:
+        """Write report.html."""
+        from nncf_mpq_plugin.report import write_report
+
+        write_report(self.folder.path)
+
     def calibration(self) -> list[Tensor]:
         """:return: batches of training inputs that ranges come from, ``range.num_init_samples`` samples in all."""
         config = self.folder.config
@@ -412,10 +423,10 @@ class Pipeline:
             set_weights(quantized.model, original)
         return quantized
 
-    def _finetuned(self, policy: Policy, stage: str) -> nn.Module:
+    def _finetuned(self, policy: Policy, stage: str) -> tuple[nn.Module, History]:
         config = self.folder.config
         quantized = self._joint_model(config.keep_weights)
-        finetune(
+        result = finetune(
             quantized,
             policy,
             self.data.train,
@@ -424,7 +435,7 @@ class Pipeline:
             **self._training_arguments(stage),
         )
         quantized.model.cpu()
-        return freeze(quantized)
+        return freeze(quantized), result.history
 
     def _training_arguments(self, stage: str) -> dict[str, Any]:
         return {
@@ -478,14 +489,18 @@ STAGES: Mapping[str, Stage] = {
         "Search", "search", Pipeline.search, (IMPORTANCE,), (POLICY,), optional=(JOINT_MODEL, JOINT_SCALES)
     ),
     "finetune": Stage(
-        "Fine-tuning", "finetune", Pipeline.finetune, (JOINT_MODEL, POLICY), (MODEL, MODEL_CONFIG, MODEL_METRICS)
+        "Fine-tuning",
+        "finetune",
+        Pipeline.finetune,
+        (JOINT_MODEL, POLICY),
+        (MODEL, MODEL_CONFIG, MODEL_METRICS, MODEL_HISTORY),
     ),
     "uniform": Stage(
         "Fine-tuning of the uniform policy",
         "finetune",
         Pipeline.finetune_uniform,
         (JOINT_MODEL, UNIFORM_POLICY),
-        (UNIFORM_METRICS,),
+        (UNIFORM_METRICS, UNIFORM_HISTORY),
         wanted=lambda folder: folder.config.uniform_baseline and folder.file(UNIFORM_POLICY).exists(),
     ),
     "export": Stage("Export", "export", Pipeline.export, (MODEL, MODEL_CONFIG), (ONNX, IR, IR_WEIGHTS)),
@@ -497,5 +512,13 @@ STAGES: Mapping[str, Stage] = {
         (IMPORTANCE, POLICY, FLOAT_METRICS, MODEL_METRICS, VERIFICATION),
         (SUMMARY,),
         optional=(UNIFORM_METRICS, UNIFORM_POLICY),
+    ),
+    "report": Stage(
+        "Report",
+        "report",
+        Pipeline.report,
+        (IMPORTANCE, POLICY, SUMMARY),
+        (REPORT,),
+        optional=(UNIFORM_POLICY, JOINT_HISTORY, MODEL_HISTORY, UNIFORM_HISTORY, BENCHMARK),
     ),
 }
