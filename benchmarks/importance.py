@@ -47,7 +47,7 @@ NETWORKS: Mapping[str, Callable[[], torch.nn.Module]] = {
 }
 BITS = (2, 3, 4, 5, 6)
 SAMPLES = 512
-JOINT = JointConfig(epochs=2, data_fraction=0.9)
+JOINT = JointConfig(epochs=1, data_fraction=0.9)
 FINE_TUNING = FinetuneConfig(epochs=2, learning_rate=0.02)
 METHODS = (
     *("uniform", "scale, alpha 2", "scale, alpha 1", "scale, alpha 0.5", "fisher", "fisher, refined", "loss change"),
@@ -84,7 +84,7 @@ def trained(network: str, seed: int, data: cluttered_digits.Digits, folder: Path
         model.eval()
     else:
         begin = time.perf_counter()
-        train_float(model, data.train, FloatConfig(epochs=10, learning_rate=0.05, label_smoothing=0.1, seed=seed))
+        train_float(model, data.train, FloatConfig(epochs=16, learning_rate=0.1, label_smoothing=0.1, seed=seed))
         seconds["float"] = time.perf_counter() - begin
         save_state(path, model_tensors(model), seconds["float"])
     calibration = [inputs for inputs, _ in Batches(data.train, seed=seed).take(256)]
@@ -232,9 +232,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--bits", nargs="+", type=float, default=[3, 2.5])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print what is there and measure nothing")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     console = Console(width=140)
     if not options.table:
         for line in measurements(options.networks, options.seeds, options.bits, options.methods, options.output):
