@@ -115,6 +115,7 @@ class Limit:
     :param bound: the sum may not exceed this.
     :param cost: a layer's part at given bit widths.
     :param achieved: a sum in the budget's own unit.
+    :param show: a value in the budget's own unit for people, in the terms that it was asked for.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Limit:
     bound: int
     cost: CostModel
     achieved: Callable[[int], float]
+    show: Callable[[float], str]
 
 
 def bitops(layer: LayerCost, weight_bits: int, activation_bits: int) -> int:
@@ -144,8 +146,7 @@ def limits_of(table: ImportanceTable, budget: Budget, latency: LatencyTable | No
     Translate budgets.
 
     :param latency: measured times of the searchable layers, for ``latency_ratio``.
-
-    :raises InputError: for a latency budget, which needs a measured table, or none at all.
+    :raises InputError: for no budget at all, one that is not a positive number, or a latency budget without a table.
     """
     layers = [layer.cost for layer in table.layers]
     macs = sum(layer.macs for layer in layers)
@@ -154,37 +155,62 @@ def limits_of(table: ImportanceTable, budget: Budget, latency: LatencyTable | No
     all_weights = weights + sum(layer.cost.weights for layer in table.fixed_layers)
     limits = []
 
-    def add(name: str, requested: float, bound: float, cost: CostModel, achieved: Callable[[int], float]) -> None:
+    def add(
+        name: str,
+        requested: float,
+        bound: float,
+        cost: CostModel,
+        achieved: Callable[[int], float],
+        show: Callable[[float], str],
+    ) -> None:
+        if not (math.isfinite(requested) and requested > 0):
+            msg = f"budgets.{name}: must be a finite number above 0, got {requested}."
+            raise InputError(msg)
         # a budget computed in floating point may fall short of the integer it means by rounding
-        limits.append(Limit(name, requested, math.floor(bound * (1 + 1e-12)), cost, achieved))
+        limits.append(Limit(name, requested, math.floor(bound * (1 + 1e-12)), cost, achieved, show))
+
+    def bits(value: float) -> str:
+        return f"{value:.5g} bits"
+
+    def times(value: float) -> str:
+        return f"{value:.5g}x"
 
     if budget.bitops is not None:
-        add("bitops", budget.bitops, budget.bitops, bitops, float)
+        add("bitops", budget.bitops, budget.bitops, bitops, float, lambda n: f"{n:.6g} BitOps")
     if budget.bitops_ratio is not None:
         int8_bitops = macs * INT8 * INT8
-        add("bitops_ratio", budget.bitops_ratio, budget.bitops_ratio * int8_bitops, bitops, lambda n: n / int8_bitops)
+        bound = budget.bitops_ratio * int8_bitops
+        add("bitops_ratio", budget.bitops_ratio, bound, bitops, lambda n: n / int8_bitops, times)
     if budget.average_bits is not None:
         weight, activation = budget.average_bits.weight, budget.average_bits.activation
         if weight is not None and activation is not None:
-            add("average_bits", weight * activation, weight * activation * macs, bitops, lambda n: n / macs)
+            product = weight * activation
+
+            def uniform(value: float) -> str:
+                scale = math.sqrt(value / product)
+                return f"{weight * scale:.5g} / {activation * scale:.5g} bits"
+
+            add("average_bits", product, product * macs, bitops, lambda n: n / macs, uniform)
         elif weight is not None:
-            add("average_bits.weight", weight, weight * weights, weight_bits, lambda n: n / weights)
+            add("average_bits.weight", weight, weight * weights, weight_bits, lambda n: n / weights, bits)
         elif activation is not None:
             cost = lambda layer, w, a: layer.macs * a  # noqa: E731
-            add("average_bits.activation", activation, activation * macs, cost, lambda n: n / macs)
+            add("average_bits.activation", activation, activation * macs, cost, lambda n: n / macs, bits)
     if budget.compression_ratio is not None:
         float_bits = FLOAT_BITS * all_weights
         bound = float_bits / budget.compression_ratio - fixed
-        add("compression_ratio", budget.compression_ratio, bound, weight_bits, lambda n: float_bits / (n + fixed))
+        ratio = lambda n: float_bits / (n + fixed)  # noqa: E731
+        add("compression_ratio", budget.compression_ratio, bound, weight_bits, ratio, times)
     if budget.model_size_bytes is not None:
-        bound = 8 * budget.model_size_bytes - fixed
-        add("model_size_bytes", budget.model_size_bytes, bound, weight_bits, lambda n: (n + fixed) / 8)
+        size = budget.model_size_bytes
+        show = lambda n: f"{n:.8g} bytes"  # noqa: E731
+        add("model_size_bytes", size, 8 * size - fixed, weight_bits, lambda n: (n + fixed) / 8, show)
     if budget.latency_ratio is not None:
         if latency is None:
             msg = "budgets.latency_ratio: no latency table was given. Use bitops_ratio, or leave it out."
             raise InputError(msg)
         int8 = sum(latency(layer, INT8, INT8) for layer in layers)
-        add("latency_ratio", budget.latency_ratio, budget.latency_ratio * int8, latency, lambda n: n / int8)
+        add("latency_ratio", budget.latency_ratio, budget.latency_ratio * int8, latency, lambda n: n / int8, times)
     if not limits:
         msg = "budgets: at least one budget is needed."
         raise InputError(msg)

@@ -125,9 +125,10 @@ def search_lines(report: Mapping[str, Any], totals: Mapping[str, Any]) -> list[s
         f"{average['activation']:.2f}"
     ]
     if "status" in report:
-        lines.append(f"{report['status']}, objective {report['objective']:.6f}, {report['seconds']:.2f} s")
+        gap = f" within {report['gap']:.2g}" if report.get("gap") else ""
+        lines.append(f"{report['status']}{gap}, objective {report['objective']:.6f}, {report['seconds']:.3f} s")
     for name, budget in report.get("budgets", {}).items():
-        lines.append(f"budget {name}: asked {budget['requested']:.6g}, reached {budget['achieved']:.6g}")
+        lines.append(f"budget {name}: asked {budget['asked']}, reached {budget['reached']}")
     for correction in report.get("corrections", []):
         became = "left out" if correction["used"] is None else f"replaced by {correction['used']:.4g}"
         lines.append(

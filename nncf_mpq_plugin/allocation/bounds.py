@@ -1,23 +1,26 @@
 """
-What can be said about the integer program before it is solved: a lower bound, a good policy, and so which choices can
-be left out.
+A lower bound on the objective of every policy within the budgets, by Lagrangian relaxation.
 
 With multipliers ``m >= 0`` for the budgets, ``L(m) = sum of each layer's smallest (importance + m x cost) - m x bound``
-is at most the objective of every policy within the budgets. A choice that raises ``L(m)`` above the objective of a
-policy already known is in no better policy (reduced-cost fixing; Fisher, "The Lagrangian relaxation method for solving
-integer programming problems", 1981). The known policy comes from the relaxation and is improved by exchanging one or
-two choices at a time.
+is at most the objective of every policy within the budgets, and a choice whose value lies ``r`` above its layer's
+smallest is only in policies of at least ``L(m) + r`` (Fisher, "The Lagrangian relaxation method for solving integer
+programming problems", 1981). The best multipliers come from Dantzig and Wolfe's decomposition: a simplex method with
+one row a budget and one more, whose columns are whole policies. It takes one to two dozen steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-STEPS = 200
-EXCHANGES = 200
-CANDIDATES = 700
+MOST_STEPS = 500
+TOLERANCE = 1e-11
+STEPS = 10
+DISTANCES = (0.3, 1.0, 3.0)
+Choice = tuple[np.ndarray, np.ndarray]
+"""A policy: the index of each layer's weight bits, and of its activation bits."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Problem:
     The program as arrays over layers x weight bits x activation bits.
 
     :param costs: importance of each choice; infinite where it is not allowed. ``[layers, W, A]``.
-    :param resources: each budget's cost of each choice (integers). ``[budgets, layers, W, A]``.
-    :param bounds: ``[budgets]``.
-    :param groups: index of each layer's activation group. ``[layers]``.
+    :param resources: each budget's cost of each choice, as integers. ``[budgets, layers, W, A]``.
+    :param bounds: as integers. ``[budgets]``.
+    :param groups: index of each layer's activation group, in the order of their first layers. ``[layers]``.
     """
 
     costs: np.ndarray
@@ -45,11 +48,31 @@ class Problem:
         return bool((self.of(self.resources, weight, activation) <= self.bounds).all())
 
     def group_totals(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """:return: best value of each layer at each activation index, and their sums over groups."""
-        by_activation = values.min(1)
-        totals = np.zeros((self.groups.max() + 1, values.shape[2]))
-        np.add.at(totals, self.groups, by_activation)
+        """
+        :param values: ``[..., layers, W, A]``.
+        :return: best value of each layer at each activation index ``[..., layers, A]``, and the sums of these over the
+            layers of each group ``[..., groups, A]``.
+        """
+        by_activation = values.min(-2)
+        count = int(self.groups.max()) + 1
+        if count == len(self.groups):
+            return by_activation, by_activation
+        totals = np.zeros((*values.shape[:-3], count, values.shape[-1]))
+        np.add.at(np.moveaxis(totals, -2, 0), self.groups, np.moveaxis(by_activation, -2, 0))
         return by_activation, totals
+
+    def above(self, multipliers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :param multipliers: ``[D, budgets]``.
+        :return: how far each choice's value (importance + multipliers x cost) lies above the best of its layer at the
+            same activation bits ``[D, layers, W, A]``, and how far each group's best at given activation bits lies
+            above the group's best ``[D, groups, A]``; infinite for choices that are not allowed.
+        """
+        values = self.costs + np.tensordot(multipliers, self.resources, 1)
+        by_activation, totals = self.group_totals(values)
+        with np.errstate(invalid="ignore"):  # infinite less infinite
+            above = np.where(np.isinf(values), np.inf, values - by_activation[..., None, :])
+        return above, totals - totals.min(-1, keepdims=True)
 
     def cheapest(self, values: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """:return: the smallest sum of ``values``, groups respected, with weight and activation indices by layer."""
@@ -58,107 +81,151 @@ class Problem:
         weight = values[np.arange(len(values)), :, activation].argmin(1)
         return float(totals.min(1).sum()), weight, activation
 
+    def binding(self) -> Problem:
+        """:return: the problem without the budgets that no policy can exceed."""
+        most = np.where(np.isfinite(self.costs), self.resources, 0).max((2, 3)).sum(1)
+        return replace(self, resources=self.resources[most > self.bounds], bounds=self.bounds[most > self.bounds])
 
-Choice = tuple[np.ndarray, np.ndarray]
+    def objective(self, choice: Choice) -> float:
+        """:return: the sum of a policy's importances, correctly rounded."""
+        return math.fsum(self.costs[np.arange(len(self.costs)), *choice])
+
+    def rank(self, choice: Choice) -> tuple[int, ...]:
+        """:return: what policies of equal objective are ordered by: bits by group, activation first; lower is first."""
+        weight, activation = choice
+        result: list[int] = []
+        for group in range(int(self.groups.max()) + 1):
+            members = np.flatnonzero(self.groups == group)
+            result += [int(activation[members[0]]), *weight[members].tolist()]
+        return tuple(result)
+
+    def undominated(self) -> Problem:
+        """
+        :return: the problem without the choices that cannot be in the first of the best policies: another choice of the
+            same layer uses no more of any budget and has a lower objective, or the same objective and lower bits. In a
+            group of several layers the other one has to have the same activation bits.
+        """
+        layers, weights, activations = self.costs.shape
+        shape = (layers, activations * weights)  # activation bits first: the order of the tie rule
+        costs = self.costs.transpose(0, 2, 1).reshape(shape)
+        resources = self.resources.transpose(0, 1, 3, 2).reshape(-1, *shape)
+        index = np.arange(shape[1])
+        better = costs[:, :, None] < costs[:, None, :]
+        better |= (costs[:, :, None] == costs[:, None, :]) & (index[:, None] < index[None, :])
+        for use in resources:
+            better &= use[:, :, None] <= use[:, None, :]
+        alone = np.bincount(self.groups)[self.groups] == 1
+        comparable = alone[:, None, None] | (index[:, None] // weights == index[None, :] // weights)
+        beaten = (better & comparable).any(1).reshape(layers, activations, weights).transpose(0, 2, 1)
+        return replace(self, costs=np.where(beaten, np.inf, self.costs))
 
 
-def reduce(problem: Problem) -> tuple[np.ndarray, np.ndarray, Choice | None]:
+@dataclass(frozen=True)
+class Relaxation:
     """
-    Find the choices that an optimal policy may contain.
+    Lagrangian bounds.
 
-    :return: a mask ``[layers, W, A]``; the multipliers of the budgets, each scaled to a bound of 1; and the best policy
-        known as weight and activation indices, None if none is. Every policy better than the known one lies within the
-        mask, and so does the known one.
+    :param bound: the best one; no policy within the budgets has a lower objective.
+    :param multipliers: its multipliers: objective for one unit of each budget. ``[budgets]``.
+    :param others: multipliers around the best. ``[directions, steps, budgets]``, large steps first.
+    :param other_bounds: theirs. ``[directions, steps]``.
+    :param tolerance: what rounding may add to a bound.
     """
-    scaled = problem.resources / problem.bounds.clip(1)[:, None, None, None]
-    allowed = np.isfinite(problem.costs)
-    multipliers = np.zeros(len(problem.bounds))
-    upper: float = np.inf
-    incumbent: Choice | None = None
-    for round_ in range(3):
-        bound, multipliers, found = _raise_bound(problem, scaled, multipliers, upper)
-        if found is not None and float(problem.of(problem.costs, *found)) < upper:
-            incumbent = found
-        if incumbent is None:
-            return allowed, multipliers, None
-        values = problem.costs + np.tensordot(multipliers, scaled, 1)
-        incumbent = _exchange(problem, values, incumbent)
-        better = float(problem.of(problem.costs, *incumbent))
-        if round_ and better >= upper * (1 - 1e-9):
-            break
-        upper = better
-    assert incumbent is not None
-    upper = float(problem.of(problem.costs, *incumbent))
-    values = problem.costs + np.tensordot(multipliers, scaled, 1)
-    by_activation, totals = problem.group_totals(values)
-    with np.errstate(invalid="ignore"):  # choices that are not allowed: infinite less infinite
-        others = totals[problem.groups] - totals.min(1)[problem.groups][:, None] - by_activation
-        forced = bound + others[:, None, :] + values
-    mask = allowed & ~(forced > upper + 1e-9 * max(1.0, abs(upper)))
-    mask[np.arange(len(mask)), incumbent[0], incumbent[1]] = True
-    return mask, multipliers, incumbent
+
+    bound: float
+    multipliers: np.ndarray
+    others: np.ndarray
+    other_bounds: np.ndarray
+    tolerance: float
+
+    def around(self, distance: float) -> tuple[np.ndarray, np.ndarray]:
+        """:return: in each direction, multipliers whose bounds are weaker by about a distance; and these bounds."""
+        loss = self.bound - self.other_bounds
+        taken = np.zeros(loss.shape, bool)
+        for factor in DISTANCES:
+            near = loss <= factor * distance
+            rows = np.flatnonzero(near.any(1))
+            taken[rows, near[rows].argmax(1)] = True
+        return self.others[taken], self.other_bounds[taken]
 
 
-def _raise_bound(
-    problem: Problem, scaled: np.ndarray, multipliers: np.ndarray, upper: float
-) -> tuple[float, np.ndarray, Choice | None]:
-    """Subgradient ascent (Polyak steps). :return: bound, its multipliers, best feasible policy on the way."""
-    best, best_multipliers, found = -np.inf, multipliers, None
-    spread = float(np.ptp(problem.costs[np.isfinite(problem.costs)])) * len(problem.costs) or 1.0
-    damping = 1.0
-    for _ in range(STEPS):
-        total, weight, activation = problem.cheapest(problem.costs + np.tensordot(multipliers, scaled, 1))
-        bound = total - float(multipliers.sum())
-        used = problem.of(problem.resources, weight, activation)
-        if (used <= problem.bounds).all():
+def lagrangian(problem: Problem, multipliers: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """:return: ``L(multipliers)`` and the policy that attains it."""
+    values = problem.costs + np.tensordot(multipliers, problem.resources, 1)
+    total, weight, activation = problem.cheapest(values)
+    return total - float(multipliers @ problem.bounds), weight, activation
+
+
+def relax(problem: Problem) -> Relaxation:
+    """:return: the best bound and some around it."""
+    bound, multipliers = _best(problem)
+    axes = np.eye(len(multipliers))[multipliers > 0] * multipliers[multipliers > 0][:, None]
+    directions = [*axes, *-axes]
+    for index, one in enumerate(axes):
+        for two in axes[:index]:
+            directions += [one + two, one - two, two - one, -one - two]
+    steps = 0.5 ** np.arange(1, STEPS + 1)
+    shape = (len(directions), STEPS, len(multipliers))
+    along = np.reshape(directions, (len(directions), 1, len(multipliers)))
+    others = np.reshape(multipliers + along * steps[:, None], shape)
+    flat = others.reshape(shape[0] * shape[1], shape[2])
+    totals = [_totals(problem, part) for part in np.array_split(flat, 1 + len(flat) // 64)]
+    bounds = np.concatenate(totals) - flat @ problem.bounds
+    tolerance = TOLERANCE * (abs(bound) + float(multipliers @ problem.bounds))
+    return Relaxation(bound, multipliers, others, bounds.reshape(shape[:2]), tolerance)
+
+
+def _totals(problem: Problem, multipliers: np.ndarray) -> np.ndarray:
+    """:return: the smallest sum of values at each of several multipliers. ``[D]``."""
+    _, totals = problem.group_totals(problem.costs + np.tensordot(multipliers, problem.resources, 1))
+    return totals.min(-1).sum(-1)
+
+
+def _best(problem: Problem) -> tuple[float, np.ndarray]:
+    """
+    Find the multipliers with the largest bound.
+
+    The master program mixes policies so that the budgets hold on average; a budget may be exceeded at a price that no
+    sensible multiplier reaches, so that there is always a first solution. Where the steps run out, or rounding stops
+    them, the bound is valid all the same, only weaker.
+    """
+    count = len(problem.bounds)
+    scale = problem.bounds.astype(np.float64)
+    bound, weight, activation = lagrangian(problem, np.zeros(count))
+    best = bound, np.zeros(count)
+    used = problem.of(problem.resources, weight, activation) / scale
+    if (used <= 1).all():
+        return best
+    finite = problem.costs[np.isfinite(problem.costs)]
+    price = 1.0 + 1e3 * len(problem.costs) * float(np.ptp(finite))
+    basis, costs = np.zeros((count + 1, count + 1)), np.zeros(count + 1)
+    basis[:, count] = [*used, 1.0]
+    costs[count] = bound
+    basis[range(count), range(count)] = np.where(used <= 1, 1.0, -1.0)
+    costs[:count] = np.where(used <= 1, 0.0, price)
+    for _ in range(MOST_STEPS):
+        inverse = np.linalg.inv(basis)
+        prices, amounts = costs @ inverse, inverse.sum(1)
+        multipliers, objective = -prices[:count], float(costs @ amounts)
+        low, high = int(multipliers.argmin()), int(multipliers.argmax())
+        column = np.zeros(count + 1)
+        if multipliers[low] < -1e-9:
+            column[low], cost = 1.0, 0.0
+        elif multipliers[high] > price * (1 + 1e-9):
+            column[high], cost = -1.0, price
+        else:
+            multipliers = multipliers.clip(0) / scale
+            bound, weight, activation = lagrangian(problem, multipliers)
+            if bound > best[0]:
+                best = bound, multipliers
+            if objective - bound <= 1e-13 * max(1.0, abs(objective)):
+                break
             cost = float(problem.of(problem.costs, weight, activation))
-            if found is None or cost < upper:
-                upper, found = min(cost, upper), (weight, activation)
-        if bound > best:
-            best, best_multipliers = bound, multipliers
-        slope = used / problem.bounds.clip(1) - 1
-        norm = float(slope @ slope)
-        if norm == 0:
+            column[:] = [*(problem.of(problem.resources, weight, activation) / scale), 1.0]
+        direction = inverse @ column
+        rising = direction > 1e-12
+        if not rising.any():
             break
-        target = (upper if np.isfinite(upper) else best + spread) - bound
-        multipliers = np.maximum(0, multipliers + damping * max(target, 1e-12) / norm * slope)
-        damping *= 0.97
-    return best, best_multipliers, found
-
-
-def _exchange(problem: Problem, values: np.ndarray, start: Choice) -> Choice:
-    """Change one or two choices at a time as long as that lowers the objective within the budgets."""
-    weight, activation = start[0].copy(), start[1].copy()
-    sizes = np.bincount(problem.groups)
-    rows = np.arange(len(weight))
-    alone = np.flatnonzero(sizes[problem.groups] == 1)
-    for _ in range(EXCHANGES):
-        now = (weight, activation)
-        change = problem.costs - problem.costs[rows, weight, activation][:, None, None]
-        use = problem.resources - problem.resources[:, rows, weight, activation][:, :, None, None]
-        merit = values - values[rows, weight, activation][:, None, None]
-        options = np.isfinite(merit)
-        same_activation = np.arange(values.shape[2])[None, None, :] == activation[:, None, None]
-        options &= same_activation | np.isin(rows, alone)[:, None, None]
-        options[rows, weight, activation] = False
-        layer, w, a = np.nonzero(options)
-        nearest = np.argsort(merit[layer, w, a], kind="stable")[:CANDIDATES]
-        layer, w, a = layer[nearest], w[nearest], a[nearest]
-        gain, load = change[layer, w, a], use[:, layer, w, a]
-        slack = problem.bounds - problem.of(problem.resources, *now)
-        gains = gain[:, None] + gain[None, :]
-        fits = (problem.groups[layer][:, None] != problem.groups[layer][None, :]) & (gains < 0)
-        for resource in range(len(slack)):
-            fits &= load[resource][:, None] + load[resource][None, :] <= slack[resource]
-        single = np.where((load <= slack[:, None]).all(0), gain, np.inf)
-        best_single = float(single.min()) if single.size else np.inf
-        pairs = np.where(fits, gains, np.inf)
-        best_pair = float(pairs.min()) if pairs.size else np.inf
-        if min(best_single, best_pair) >= -1e-12 * max(1.0, abs(float(problem.of(problem.costs, *now)))):
-            break
-        taken = (
-            [int(single.argmin())] if best_single <= best_pair else list(np.unravel_index(pairs.argmin(), pairs.shape))
-        )
-        for index in taken:
-            weight[layer[index]], activation[layer[index]] = w[index], a[index]
-    return weight, activation
+        leaves = int(np.where(rising, amounts / np.where(rising, direction, 1.0), np.inf).argmin())
+        basis[:, leaves], costs[leaves] = column, cost
+    return best

@@ -151,10 +151,10 @@ def _objective_without(prepared: Prepared, index: int) -> float:
     problem = prepared.problem
     rest = np.arange(len(prepared.limits)) != index
     if not rest.any():
-        return problem.cheapest(problem.costs)[0]
-    chosen = solve(replace(problem, resources=problem.resources[rest], bounds=problem.bounds[rest]))
-    assert chosen is not None, "fewer budgets allow more"
-    return float(problem.of(problem.costs, *chosen))
+        return problem.objective(problem.cheapest(problem.costs)[1:])
+    found = solve(replace(problem, resources=problem.resources[rest], bounds=problem.bounds[rest]))
+    assert found is not None, "fewer budgets allow more"
+    return problem.objective(found.choice)
 
 
 def _steps(prepared: Prepared, solution: Solution, sums: Mapping[str, int]) -> list[Step]:

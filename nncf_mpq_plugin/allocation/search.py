@@ -1,14 +1,13 @@
 """
 The best policy within the budgets (LIMPQ, equation 3).
 
-Minimise the sum over layers of ``activation importance + alpha x weight importance`` under the budgets.
-:mod:`nncf_mpq_plugin.allocation.bounds` first removes the choices that no optimal policy contains, which leaves a
-fraction of the program; :mod:`nncf_mpq_plugin.allocation.enumeration` solves that exactly, python-mip with CBC where it
-cannot. What comes out is checked against every budget in integers.
+Minimise the sum over layers of ``activation importance + alpha x weight importance`` under the budgets, with
+:mod:`nncf_mpq_plugin.allocation.program`. What comes out is checked against every budget in integers.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,40 +15,47 @@ from typing import Any
 
 import numpy as np
 
-from nncf_mpq_plugin.allocation.bounds import Problem
+from nncf_mpq_plugin.allocation.bounds import Choice, Problem
 from nncf_mpq_plugin.allocation.constraints import BitsConstraint, check_constraints
-from nncf_mpq_plugin.allocation.program import OPTIMALITY_GAP, solve
+from nncf_mpq_plugin.allocation.program import OPTIMALITY_GAP, Optimum, solve
 from nncf_mpq_plugin.costs import FLOAT_BITS, LatencyTable, Limit, limits_of, total_bitops, weight_bits
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError, MPQError
 from nncf_mpq_plugin.outliers import Correction, put_in_order
-from nncf_mpq_plugin.types import Budget, ImportanceTable, LayerBits, Policy
+from nncf_mpq_plugin.types import Budget, ImportanceTable, LayerBits, LayerCost, Policy
+
+LARGEST_SUM = 2**60
 
 
 @dataclass(frozen=True)
 class Solution:
     """
-    A proven optimum.
+    The best policy.
 
     :param policy: bit widths; its summary is this report.
-    :param status: ``optimal``.
+    :param status: ``optimal``, or ``feasible`` if the time limit was over before the proof.
+    :param gap: proven relative gap to the optimum; 0 where the policy is proven to be the best.
+    :param method: ``enumeration``, or ``cbc`` for what had to be left to it (the tie rule is not kept then).
     :param objective: sum of the importances.
     :param bitops: BitOps of the searchable layers.
     :param weight_bits: bits of all weights, fixed layers included.
     :param compression_ratio: 32 bits over the average weight bits, fixed layers included.
     :param seconds: time to build and solve.
     :param corrections: importances out of order and what became of them.
-    :param budgets: budget name -> ``requested`` and ``achieved``.
+    :param budgets: budget name -> ``requested`` and ``achieved``, numbers in the budget's unit, and ``asked`` and
+        ``reached``, the same in words.
     """
 
     policy: Policy
     status: str
+    gap: float
+    method: str
     objective: float
     bitops: int
     weight_bits: int
     compression_ratio: float
     seconds: float
     corrections: tuple[Correction, ...]
-    budgets: Mapping[str, Mapping[str, float]]
+    budgets: Mapping[str, Mapping[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """:return: the report and the policy as one JSON-serialisable object."""
@@ -89,6 +95,7 @@ def search(
     weight_only: bool = False,
     latency: LatencyTable | None = None,
     gap: float = OPTIMALITY_GAP,
+    time_limit: float | None = None,
 ) -> Solution:
     """
     Find the best policy within the budgets.
@@ -100,9 +107,12 @@ def search(
     :param constraints: limits on single layers.
     :param weight_only: leave activations in floating point (32 bits, which is what BitOps count) at no importance.
     :param latency: measured times, for ``budget.latency_ratio``.
-    :param gap: relative gap to the optimum at which CBC may stop, where it is needed.
-    :return: an optimal policy, checked against every budget in integer arithmetic. Among policies of equal objective
-        the first found is returned; every step is deterministic, so it is the same on every run.
+    :param gap: relative gap to the optimum at which the search may stop.
+    :param time_limit: seconds after which the best policy known is returned, with the gap that is proven.
+    :return: an optimal policy, checked against every budget in integer arithmetic. Of policies with the same objective
+        it is the first in lexicographic order: activation groups in the order of the table; of a group the activation
+        bits, then the weight bits of its layers; lower bits first. Objectives count as the same if they are equal on a
+        grid of 2^-50 of the spread of the choices that come into question.
     :raises InfeasibleBudgetError: naming the budget, the nearest value possible and the constraints that cause it.
     :raises InputError: for an unknown rule, a pattern that fits no layer, or a latency budget without a table.
     """
@@ -116,7 +126,7 @@ def search(
         weight_only=weight_only,
         latency=latency,
     )
-    return solution_of(prepared, solve_prepared(prepared, gap), start)
+    return solution_of(prepared, solve_prepared(prepared, gap, time_limit), start)
 
 
 def prepare(
@@ -150,9 +160,9 @@ def prepare(
     return Prepared(ordered, corrections, limits, tuple(constraints), alpha, problem, activation_bits)
 
 
-def solve_prepared(prepared: Prepared, gap: float = OPTIMALITY_GAP) -> dict[str, LayerBits]:
+def solve_prepared(prepared: Prepared, gap: float = OPTIMALITY_GAP, time_limit: float | None = None) -> Optimum:
     """
-    :return: bit widths of an optimal policy.
+    :return: an optimal policy.
     :raises InfeasibleBudgetError: as :func:`search`.
     """
     problem, limits = prepared.problem, prepared.limits
@@ -161,24 +171,28 @@ def solve_prepared(prepared: Prepared, gap: float = OPTIMALITY_GAP) -> dict[str,
         if smallest > limit.bound:
             causes = _causes(prepared, index, smallest, alone=True)
             raise _infeasible(limit, smallest, causes, "")
-    chosen = solve(problem, gap)
-    if chosen is None:
+    found = solve(problem, gap, time_limit)
+    if found is None:
         index = len(limits) - 1
         smallest_together = smallest_within(problem, index)
         if smallest_together is None:  # the other budgets alone contradict each other
             rest = replace(prepared, limits=limits[:index], problem=_without(problem, index))
-            return solve_prepared(rest, gap)
-        others = ", ".join(f"{limit.name} = {limit.requested:g}" for limit in limits[:index])
+            return solve_prepared(rest, gap, time_limit)
+        others = ", ".join(f"{limit.name} = {limit.show(limit.requested)}" for limit in limits[:index])
         causes = _causes(prepared, index, smallest_together, alone=False)
         raise _infeasible(limits[index], smallest_together, causes, f" together with {others}")
-    weight, activation = chosen
+    return found
+
+
+def bits_of(prepared: Prepared, choice: Choice) -> dict[str, LayerBits]:
+    """:return: bit widths of the searchable layers."""
     return {
         layer.cost.name: LayerBits(prepared.table.bits[w], prepared.activation_bits[a])
-        for layer, w, a in zip(prepared.table.layers, weight, activation, strict=True)
+        for layer, w, a in zip(prepared.table.layers, *choice, strict=True)
     }
 
 
-def solution_of(prepared: Prepared, bits: Mapping[str, LayerBits], start: float) -> Solution:
+def solution_of(prepared: Prepared, optimum: Optimum, start: float) -> Solution:
     """
     Check a policy and report on it.
 
@@ -186,6 +200,7 @@ def solution_of(prepared: Prepared, bits: Mapping[str, LayerBits], start: float)
     :raises MPQError: if it exceeds a budget, which would be a defect.
     """
     table, limits = prepared.table, prepared.limits
+    bits = bits_of(prepared, optimum.choice)
     achieved = achieved_by(table, limits, bits)
     for limit in limits:
         if achieved[limit.name] > limit.bound:
@@ -197,14 +212,21 @@ def solution_of(prepared: Prepared, bits: Mapping[str, LayerBits], start: float)
     together = {**bits, **fixed}
     all_bits = sum(weight_bits(cost, together[cost.name].weight, 0) for cost in every)
     report: dict[str, Any] = {
-        "status": "optimal",
+        "status": "optimal" if optimum.proven else "feasible",
+        "gap": optimum.gap,
+        "method": optimum.method,
         "objective": objective_of(table, bits, prepared.alpha),
         "bitops": total_bitops(costs, bits),
         "weight_bits": all_bits,
         "compression_ratio": FLOAT_BITS * sum(cost.weights for cost in every) / all_bits,
         "seconds": time.perf_counter() - start,
         "budgets": {
-            limit.name: {"requested": limit.requested, "achieved": limit.achieved(achieved[limit.name])}
+            limit.name: {
+                "requested": limit.requested,
+                "achieved": limit.achieved(achieved[limit.name]),
+                "asked": limit.show(limit.requested),
+                "reached": limit.show(limit.achieved(achieved[limit.name])),
+            }
             for limit in limits
         },
     }
@@ -215,7 +237,7 @@ def solution_of(prepared: Prepared, bits: Mapping[str, LayerBits], start: float)
 
 def objective_of(table: ImportanceTable, bits: Mapping[str, LayerBits], alpha: float) -> float:
     """:return: sum of activation importance + alpha x weight importance at the bit widths of a policy."""
-    return sum(
+    return math.fsum(
         layer.activation[bits[layer.cost.name].activation] + alpha * layer.weight[bits[layer.cost.name].weight]
         for layer in table.layers
     )
@@ -230,20 +252,20 @@ def achieved_by(table: ImportanceTable, limits: Sequence[Limit], bits: Mapping[s
     }
 
 
-def smallest_within(problem: Problem, index: int) -> float | None:
+def smallest_within(problem: Problem, index: int) -> int | None:
     """:return: the smallest sum of one budget among policies that keep the others, None if there are none."""
-    banned = np.isinf(problem.costs)
-    costs = np.where(banned, np.inf, problem.resources[index] / max(problem.bounds[index], 1.0))
     if len(problem.bounds) == 1:
         return _smallest(problem, index)
-    chosen = solve(replace(_without(problem, index), costs=costs))
-    return None if chosen is None else float(problem.of(problem.resources[index], *chosen))
+    costs = np.where(np.isinf(problem.costs), np.inf, problem.resources[index] / max(int(problem.bounds[index]), 1))
+    found = solve(replace(_without(problem, index), costs=costs))
+    return None if found is None else int(problem.of(problem.resources[index], *found.choice))
 
 
-def _smallest(problem: Problem, index: int) -> float:
-    banned = np.isinf(problem.costs)
-    smallest, _, _ = problem.cheapest(np.where(banned, np.inf, problem.resources[index]))
-    return smallest
+def _smallest(problem: Problem, index: int) -> int:
+    """:return: the smallest sum of one budget among all policies."""
+    costs = np.where(np.isinf(problem.costs), np.inf, problem.resources[index])
+    _, weight, activation = problem.cheapest(costs)
+    return int(problem.of(problem.resources[index], weight, activation))
 
 
 def _without(problem: Problem, index: int) -> Problem:
@@ -269,49 +291,80 @@ def _problem(
         [values(layer.cost.name, "activation", layer.activation, activation_bits) for layer in table.layers]
     )
     weighted = np.where(np.isinf(weight), np.inf, alpha * np.where(np.isinf(weight), 0, weight))
-    costs = activation[:, None, :] + weighted[:, :, None]
-    resources = np.array(
-        [
-            [[[limit.cost(layer, w, a) for a in activation_bits] for w in table.bits] for layer in layers]
-            for limit in limits
-        ],
-        dtype=np.float64,
-    )
     indices = {group: index for index, group in enumerate(dict.fromkeys(layer.activation_group for layer in layers))}
     groups = np.array([indices[layer.activation_group] for layer in layers])
     shared = np.zeros((len(indices), len(activation_bits)))
     np.add.at(shared, groups, np.where(np.isinf(activation), np.inf, 0))
-    costs = costs + shared[groups][:, None, :]  # a bit width that one layer of a group may not have, none may
+    # a bit width that one layer of a group may not have, none may
+    costs = (activation + shared[groups])[:, None, :] + weighted[:, :, None]
     for layer, choices in zip(layers, costs, strict=True):
         if np.isinf(choices).all():
-            ours = [str(c) for c in constraints if any(c.concerns(layer.name, t) for t in ("weight", "activation"))]
-            causes = f"the constraints {', '.join(ours)}" if ours else "the constraints"
-            msg = (
-                f"Layer {layer.name!r}: no bit width is left by {causes}, those of its activation group and the rule "
-                f"for importances out of order; the table has {list(table.bits)}. Loosen a minimum, maximum or pin."
-            )
-            raise InfeasibleBudgetError(msg, "constraints")
-    return Problem(costs, resources, np.array([float(limit.bound) for limit in limits]), groups)
+            raise _no_choice(table, layer, constraints)
+    pairs = [(w, a) for w in table.bits for a in activation_bits]
+    used = [[[limit.cost(layer, w, a) for w, a in pairs] for layer in layers] for limit in limits]
+    most = [sum(map(max, uses)) for uses in used]
+    if max(most) >= LARGEST_SUM:
+        msg = f"{limits[most.index(max(most))].name}: the counts of the table add up to {max(most):.3g}, too much."
+        raise InputError(msg)
+    resources = np.array(used, dtype=np.int64).reshape(len(limits), *costs.shape)
+    bounds = np.array([max(0, min(limit.bound, use)) for limit, use in zip(limits, most, strict=True)], dtype=np.int64)
+    return Problem(costs, resources, bounds, groups)
 
 
-def _causes(prepared: Prepared, index: int, smallest: float, alone: bool) -> list[BitsConstraint]:
-    """:return: the constraints without which a smaller value of a budget would be possible."""
-    causes = []
-    for constraint in prepared.constraints:
-        rest = [other for other in prepared.constraints if other is not constraint]
-        freed = _problem(prepared.table, prepared.activation_bits, prepared.limits, prepared.alpha, rest)
-        possible = _smallest(freed, index) if alone else smallest_within(freed, index)
-        if possible is not None and possible < smallest:
-            causes.append(constraint)
-    return causes
-
-
-def _infeasible(limit: Limit, smallest: float, causes: Sequence[BitsConstraint], beside: str) -> InfeasibleBudgetError:
-    nearest = limit.achieved(round(smallest))
-    because = f" Constraints that cause it: {'; '.join(map(str, causes))}." if causes else ""
+def _no_choice(table: ImportanceTable, layer: LayerCost, constraints: Sequence[BitsConstraint]) -> MPQError:
+    members = [other.cost.name for other in table.layers if other.cost.activation_group == layer.activation_group]
+    causes = [
+        str(constraint)
+        for constraint in constraints
+        if constraint.concerns(layer.name, "weight")
+        or any(constraint.concerns(member, "activation") for member in members)
+    ]
+    by = f"the constraints {'; '.join(causes)}" if causes else "the rule for importances out of order"
+    with_others = f" (it shares its activation bits with {', '.join(members)})" if len(members) > 1 else ""
     msg = (
-        f"No policy meets the budget {limit.name} = {limit.requested:g}{beside}: the nearest that exists is "
-        f"{nearest:.6g}.{because} Ask for that, loosen the constraints, add lower bit widths, or fix fewer layers at "
-        "high ones."
+        f"Layer {layer.name!r}{with_others}: no bit width is left by {by}; the table has {list(table.bits)}. "
+        "Loosen a minimum, maximum or pin, or keep importances out of order."
+    )
+    return InfeasibleBudgetError(msg, "constraints")
+
+
+def _causes(prepared: Prepared, index: int, smallest: int, alone: bool) -> tuple[list[BitsConstraint], float | None]:
+    """
+    :return: the constraints that raise the smallest value of a budget, and what it would be without any constraint.
+    """
+    constraints = prepared.constraints
+    if not constraints:
+        return [], None
+
+    def possible(of: Sequence[BitsConstraint]) -> float:
+        problem = _problem(prepared.table, prepared.activation_bits, prepared.limits, prepared.alpha, of)
+        if alone:
+            return _smallest(problem, index)
+        found = smallest_within(problem, index)
+        return np.inf if found is None else found
+
+    free = possible(())
+    causes = [
+        constraint
+        for constraint in constraints
+        if possible([other for other in constraints if other is not constraint]) < smallest
+        or possible([constraint]) > free
+    ]
+    return causes, free
+
+
+def _infeasible(
+    limit: Limit, smallest: int, causes: tuple[Sequence[BitsConstraint], float | None], beside: str
+) -> InfeasibleBudgetError:
+    nearest = limit.achieved(smallest)
+    constraints, free = causes
+    because = ""
+    if constraints and free is not None and np.isfinite(free):
+        named = "; ".join(map(str, constraints))
+        because = f" Constraints that cause it: {named}; without any it is {limit.show(limit.achieved(int(free)))}."
+    msg = (
+        f"No policy meets the budget {limit.name} = {limit.show(limit.requested)}{beside}: the nearest that exists is "
+        f"{limit.show(nearest)}.{because} Ask for that, loosen the constraints, add lower bit widths, or fix fewer "
+        "layers at high ones."
     )
     return InfeasibleBudgetError(msg, limit.name, limit.requested, nearest)

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from nncf_mpq_plugin.allocation.search import Solution, achieved_by, prepare, search, smallest_within, solve_prepared
+from nncf_mpq_plugin.allocation.search import (
+    Solution,
+    achieved_by,
+    bits_of,
+    prepare,
+    search,
+    smallest_within,
+    solve_prepared,
+)
 from nncf_mpq_plugin.costs import LatencyTable, Limit
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
 from nncf_mpq_plugin.types import BUDGETS, SCHEMA_VERSION, Budget, ImportanceTable, write_json
@@ -95,8 +103,8 @@ def _range(
     prepared = prepare(table, _with(others, vary, loose), latency=latency, **settings)
     names = [limit.name for limit in prepared.limits]
     index = names.index(vary)
+    best = bits_of(prepared, solve_prepared(prepared).choice)  # says which of the other budgets cannot be met
     low = smallest_within(prepared.problem, index)
-    best = solve_prepared(prepared)  # says which of the other budgets cannot be met
     if low is None:
         msg = "The other budgets cannot be met."
         raise InfeasibleBudgetError(msg)
