@@ -144,15 +144,15 @@ def test_search_returns_the_first_of_the_best_policies(instance: Instance) -> No
             search(instance.table, instance.budget, **arguments)
         return
     solution = search(instance.table, instance.budget, **arguments)
-    assert (solution.status, solution.gap, solution.method) == ("optimal", 0.0, "enumeration")
+    assert (solution.status, solution.gap, solution.solver) == ("optimal", 0.0, "enumeration")
     assert Fraction(solution.objective) == found[0][0]
     assert solution.policy.layers == found[1]
 
 
-@pytest.mark.parametrize(("splits", "method"), [(100, "enumeration"), (0, "cbc")])
+@pytest.mark.parametrize(("splits", "solver"), [(100, "enumeration"), (0, "cbc")])
 @given(instance=instances())
 @settings(max_examples=60, deadline=None)
-def test_what_does_not_fit_into_lists_is_split_or_left_to_cbc(splits: int, method: str, instance: Instance) -> None:
+def test_what_does_not_fit_into_lists_is_split_or_left_to_cbc(splits: int, solver: str, instance: Instance) -> None:
     found = min(assignments(instance), key=lambda pair: pair[0], default=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nncf_mpq_plugin.allocation.enumeration.MOST_STATES", 1)
@@ -170,9 +170,9 @@ def test_what_does_not_fit_into_lists_is_split_or_left_to_cbc(splits: int, metho
             assert found is None
             return
     assert found is not None
-    assert solution.method in ("enumeration", method)
+    assert solution.solver in ("enumeration", solver)
     assert solution.objective == pytest.approx(float(found[0][0]), rel=1e-9, abs=1e-12)
-    if solution.method == "enumeration":
+    if solution.solver == "enumeration":
         assert solution.policy.layers == found[1]
 
 

@@ -15,10 +15,11 @@ from nncf_mpq_plugin.allocation.search import (
     Prepared,
     Solution,
     achieved_by,
+    bits_of,
+    optimum_of,
     prepare,
     search,
     solution_of,
-    solve_prepared,
 )
 from nncf_mpq_plugin.types import Budget, ImportanceTable, LayerBits
 
@@ -111,7 +112,8 @@ def explain(table: ImportanceTable, budget: Budget, **options: Any) -> Explanati
     """
     start = time.perf_counter()
     prepared = prepare(table, budget, **options)
-    solution = solution_of(prepared, solve_prepared(prepared), start)
+    optimum = optimum_of(prepared)
+    solution = solution_of(prepared, bits_of(prepared, optimum.choice), start, optimum)
     sums = achieved_by(prepared.table, prepared.limits, solution.policy.layers)
     reports = []
     for index, limit in enumerate(prepared.limits):

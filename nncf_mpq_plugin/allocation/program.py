@@ -37,12 +37,12 @@ class Optimum:
     :param choice: the best policy found.
     :param gap: proven relative gap to the optimum; 0 if it is the optimum.
     :param proven: whether that is as small as was asked for.
-    :param method: ``enumeration`` or ``cbc``; the tie rule is kept by the first only.
+    :param solver: ``enumeration`` or ``cbc``; the tie rule is kept by the first only.
     """
 
     choice: Choice
     gap: float
-    method: str
+    solver: str
     proven: bool
 
 
@@ -70,8 +70,8 @@ def solve(problem: Problem, gap: float = OPTIMALITY_GAP, time_limit: float | Non
         in_time = False
     if search.best is None:
         return None
-    method = "cbc" if search.used_cbc else "enumeration"
-    return Optimum(search.best, max(gap_left, search.gap_left), method, in_time or gap_left <= gap)
+    solver = "cbc" if search.used_cbc else "enumeration"
+    return Optimum(search.best, max(gap_left, search.gap_left), solver, in_time or gap_left <= gap)
 
 
 class _Search:

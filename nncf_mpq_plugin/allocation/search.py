@@ -33,8 +33,9 @@ class Solution:
 
     :param policy: bit widths; its summary is this report.
     :param status: ``optimal``, or ``feasible`` if the time limit was over before the proof.
-    :param gap: proven relative gap to the optimum; 0 where the policy is proven to be the best.
-    :param method: ``enumeration``, or ``cbc`` for what had to be left to it (the tie rule is not kept then).
+    :param gap: proven relative gap to the optimum; 0 where the policy is proven the best, None if not known.
+    :param solver: ``enumeration``, or ``cbc`` for what had to be left to it (the tie rule is not kept then), or
+        ``given`` for a policy that was not searched here.
     :param objective: sum of the importances.
     :param bitops: BitOps of the searchable layers.
     :param weight_bits: bits of all weights, fixed layers included.
@@ -47,8 +48,8 @@ class Solution:
 
     policy: Policy
     status: str
-    gap: float
-    method: str
+    gap: float | None
+    solver: str
     objective: float
     bitops: int
     weight_bits: int
@@ -126,7 +127,8 @@ def search(
         weight_only=weight_only,
         latency=latency,
     )
-    return solution_of(prepared, solve_prepared(prepared, gap, time_limit), start)
+    optimum = optimum_of(prepared, gap, time_limit)
+    return solution_of(prepared, bits_of(prepared, optimum.choice), start, optimum)
 
 
 def prepare(
@@ -160,7 +162,7 @@ def prepare(
     return Prepared(ordered, corrections, limits, tuple(constraints), alpha, problem, activation_bits)
 
 
-def solve_prepared(prepared: Prepared, gap: float = OPTIMALITY_GAP, time_limit: float | None = None) -> Optimum:
+def optimum_of(prepared: Prepared, gap: float = OPTIMALITY_GAP, time_limit: float | None = None) -> Optimum:
     """
     :return: an optimal policy.
     :raises InfeasibleBudgetError: as :func:`search`.
@@ -177,11 +179,19 @@ def solve_prepared(prepared: Prepared, gap: float = OPTIMALITY_GAP, time_limit: 
         smallest_together = smallest_within(problem, index)
         if smallest_together is None:  # the other budgets alone contradict each other
             rest = replace(prepared, limits=limits[:index], problem=_without(problem, index))
-            return solve_prepared(rest, gap, time_limit)
+            return optimum_of(rest, gap, time_limit)
         others = ", ".join(f"{limit.name} = {limit.show(limit.requested)}" for limit in limits[:index])
         causes = _causes(prepared, index, smallest_together, alone=False)
         raise _infeasible(limits[index], smallest_together, causes, f" together with {others}")
     return found
+
+
+def solve_prepared(prepared: Prepared) -> dict[str, LayerBits]:
+    """
+    :return: bit widths of an optimal policy.
+    :raises InfeasibleBudgetError: as :func:`search`.
+    """
+    return bits_of(prepared, optimum_of(prepared).choice)
 
 
 def bits_of(prepared: Prepared, choice: Choice) -> dict[str, LayerBits]:
@@ -192,15 +202,18 @@ def bits_of(prepared: Prepared, choice: Choice) -> dict[str, LayerBits]:
     }
 
 
-def solution_of(prepared: Prepared, optimum: Optimum, start: float) -> Solution:
+def solution_of(
+    prepared: Prepared, bits: Mapping[str, LayerBits], start: float, optimum: Optimum | None = None
+) -> Solution:
     """
     Check a policy and report on it.
 
+    :param bits: the policy.
     :param start: ``time.perf_counter()`` at the beginning.
+    :param optimum: what the solver said about the policy, None for a policy from elsewhere.
     :raises MPQError: if it exceeds a budget, which would be a defect.
     """
     table, limits = prepared.table, prepared.limits
-    bits = bits_of(prepared, optimum.choice)
     achieved = achieved_by(table, limits, bits)
     for limit in limits:
         if achieved[limit.name] > limit.bound:
@@ -212,9 +225,9 @@ def solution_of(prepared: Prepared, optimum: Optimum, start: float) -> Solution:
     together = {**bits, **fixed}
     all_bits = sum(weight_bits(cost, together[cost.name].weight, 0) for cost in every)
     report: dict[str, Any] = {
-        "status": "optimal" if optimum.proven else "feasible",
-        "gap": optimum.gap,
-        "method": optimum.method,
+        "status": "optimal" if optimum is not None and optimum.proven else "feasible",
+        "gap": None if optimum is None else optimum.gap,
+        "solver": "given" if optimum is None else optimum.solver,
         "objective": objective_of(table, bits, prepared.alpha),
         "bitops": total_bitops(costs, bits),
         "weight_bits": all_bits,

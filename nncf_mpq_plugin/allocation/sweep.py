@@ -12,7 +12,6 @@ import numpy as np
 from nncf_mpq_plugin.allocation.search import (
     Solution,
     achieved_by,
-    bits_of,
     prepare,
     search,
     smallest_within,
@@ -103,7 +102,7 @@ def _range(
     prepared = prepare(table, _with(others, vary, loose), latency=latency, **settings)
     names = [limit.name for limit in prepared.limits]
     index = names.index(vary)
-    best = bits_of(prepared, solve_prepared(prepared).choice)  # says which of the other budgets cannot be met
+    best = solve_prepared(prepared)  # says which of the other budgets cannot be met
     low = smallest_within(prepared.problem, index)
     if low is None:
         msg = "The other budgets cannot be met."
