@@ -1,7 +1,7 @@
 """Refinement: budgets hold at every step, the measured loss falls, and the answer is repeatable."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_net import data, small_model
 
@@ -39,6 +39,7 @@ slopes = st.tuples(st.floats(0, 10), st.floats(0, 10))
 
 
 @given(st.fixed_dictionaries(dict.fromkeys(("depthwise", "pointwise", "left", "right"), slopes)))
+@settings(deadline=None)
 def test_every_measured_policy_keeps_the_budget_and_the_loss_falls(weights):
     importance = table()
     measure, asked = true_loss(weights)
