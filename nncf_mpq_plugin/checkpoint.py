@@ -8,8 +8,6 @@ after, never half of one.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.files import written_atomically
 
 STATE_FILE = "state.safetensors"
 CHECKSUM_DIGITS = 8  # of a CRC-32, in front of the values
@@ -34,9 +33,9 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[
     :param path: file to write; its folder is made.
     :param tensors: name -> tensor of any shape and type; names may share memory.
     :param values: JSON-serialisable; NaN and infinities are refused.
+    :raises InputError: if there can be no such file.
+    :raises StorageError: if the disk is full or fails.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -46,18 +45,11 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], values: Mapping[
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         separate[name] = value
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        text = json.dumps(values, allow_nan=False)
-        # one entry: safetensors writes several in an arbitrary order, and equal states shall be equal files
-        save_file(separate, temporary, metadata={"state": _checksum(separate, text) + text})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    text = json.dumps(values, allow_nan=False)
+    # one entry: safetensors writes several in an arbitrary order, and equal states shall be equal files
+    metadata = {"state": _checksum(separate, text) + text}
+    with written_atomically(path) as temporary:
+        save_file(separate, temporary, metadata=metadata)
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

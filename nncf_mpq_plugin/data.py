@@ -205,6 +205,19 @@ def check_batch(batch: Any, sample_size: Sequence[int], classes: int, place: str
         msg = f"{place}: a batch must be a pair of tensors (input, target), got {type(batch).__name__}."
         raise InputError(msg)
     inputs, targets = batch
+    check_inputs(inputs, sample_size, place)
+    if targets.dtype != torch.int64 or targets.shape != inputs.shape[:1]:
+        found = f"{targets.dtype} of shape {list(targets.shape)}"
+        msg = f"{place}: targets are {found}, expected class numbers, int64 of shape [{len(inputs)}]."
+        raise InputError(msg)
+    if int(targets.min()) < 0 or int(targets.max()) >= classes:
+        bad = targets.min() if int(targets.min()) < 0 else targets.max()
+        msg = f"{place}: the label {int(bad)} is outside 0..{classes - 1}, the model's outputs."
+        raise InputError(msg)
+
+
+def check_inputs(inputs: Tensor, sample_size: Sequence[int], place: str) -> None:
+    """:raises InputError: if ``inputs`` are not finite float32 ``[N, ...]`` of the model's shape, N > 0."""
     if inputs.dtype != torch.float32 or list(inputs.shape[1:]) != list(sample_size[1:]):
         msg = (
             f"{place}: inputs are {inputs.dtype} of shape {list(inputs.shape)}, the model needs torch.float32 of shape "
@@ -216,12 +229,4 @@ def check_batch(batch: Any, sample_size: Sequence[int], classes: int, place: str
         raise InputError(msg)
     if not torch.isfinite(inputs).all():
         msg = f"{place}: an input holds NaN or an infinity."
-        raise InputError(msg)
-    if targets.dtype != torch.int64 or targets.shape != inputs.shape[:1]:
-        found = f"{targets.dtype} of shape {list(targets.shape)}"
-        msg = f"{place}: targets are {found}, expected class numbers, int64 of shape [{len(inputs)}]."
-        raise InputError(msg)
-    if int(targets.min()) < 0 or int(targets.max()) >= classes:
-        bad = targets.min() if int(targets.min()) < 0 else targets.max()
-        msg = f"{place}: the label {int(bad)} is outside 0..{classes - 1}, the model's outputs."
         raise InputError(msg)

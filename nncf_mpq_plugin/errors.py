@@ -58,10 +58,18 @@ class TrainingError(MPQError):
     """Training diverged; the message names layer, bit width and step. The last good state was kept."""
 
 
+class StorageError(MPQError):
+    """A file could not be written: the disk is full or failing. What is there is whole; the same command goes on."""
+
+
 class InterruptedRun(MPQError):
     """The user stopped the run; its state was saved and the same command continues it."""
 
     exit_code = 130
+
+
+class UnsupportedVersionError(InputError):
+    """An installed framework is of a version that the plugin does not know."""
 
 
 class UnsupportedModelError(InputError):

@@ -217,6 +217,8 @@ class Loop:
 
             return hook
 
+        if isinstance(inputs, Tensor) and not bool(torch.isfinite(inputs).all()):
+            return "; an input of the batch holds NaN or an infinity: check the data"
         if self.select is not None:
             self.select(name, step)
         named = named_quantizers(self.quantized)

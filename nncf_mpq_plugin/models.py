@@ -174,7 +174,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     Load a checkpoint into ``model``; every parameter and buffer must be there with its shape.
 
-    :raises InputError: naming what is missing, unknown or of another shape. The model is unchanged then.
+    :raises InputError: naming what is missing, unknown, of another shape or not finite. The model is unchanged then.
     """
     state, own = read_state(path), model.state_dict()
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -191,6 +191,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
                 f"{path}: {name!r} has the shape {list(value.shape)}, the model needs {list(own[name].shape)}. "
                 "Check model_arguments (e.g. num_classes)."
             )
+            raise InputError(msg)
+        if not torch.isfinite(value).all():
+            msg = f"{path}: {name!r} holds NaN or an infinity; that training had diverged. Take an earlier checkpoint."
             raise InputError(msg)
     model.load_state_dict(state)
 

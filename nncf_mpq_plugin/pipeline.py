@@ -23,7 +23,7 @@ from nncf_mpq_plugin.batches import Batches, split_batch
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
 from nncf_mpq_plugin.comparison import uniform
 from nncf_mpq_plugin.config import Config
-from nncf_mpq_plugin.data import Data, check_data, load_data
+from nncf_mpq_plugin.data import Data, check_data, check_inputs, load_data
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
 from nncf_mpq_plugin.floating import FloatConfig, train_float
@@ -387,6 +387,9 @@ class Pipeline:
         """:return: batches of training inputs that ranges come from, ``range.num_init_samples`` samples in all."""
         config = self.folder.config
         taken = Batches(self.data.train, seed=config.seed).take(config.num_init_samples)
+        if self.sources.classification:
+            for inputs, _ in taken:
+                check_inputs(inputs, config.sample_size, "training data")
         return [inputs[: config.num_init_samples] for inputs, _ in taken]
 
     def _place(self) -> NNCFQuantizedModel:

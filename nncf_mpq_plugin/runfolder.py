@@ -12,16 +12,18 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nncf_mpq_plugin.config import Config, differences
 from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.files import remove_unfinished, unwritable
 from nncf_mpq_plugin.types import read_json, write_json
 
 PACKAGES = ("nncf-mpq-plugin", "torch", "torchvision", "nncf", "openvino", "onnx", "onnxruntime", "mip", "numpy")
@@ -63,13 +65,13 @@ class RunFolder:
                     "Choose another --output, or begin anew with --restart (which removes that run)."
                 )
                 raise InputError(msg)
+            remove_unfinished(path)
             if changes or not saved.exists():
                 write_json(saved, config.to_json())
             if not (path / "versions.json").exists():
                 write_json(path / "versions.json", versions())
         except OSError as error:
-            msg = f"{path}: cannot be written ({error.strerror or error}). Choose another --output."
-            raise InputError(msg) from error
+            raise unwritable(path, error, "Choose another --output.") from error
         return cls(path, config)
 
     @classmethod
@@ -94,8 +96,8 @@ class RunFolder:
         return self.path / "state" / stage
 
     def log(self, text: str) -> None:
-        """Append a line to log.txt, with the time."""
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+        """Append a line to log.txt, with the time; a full disk is for the results' writers to report."""
+        with contextlib.suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def is_done(self, stage: str, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
@@ -162,15 +164,30 @@ def locked(path: str | Path) -> Iterator[None]:
         Path(path).mkdir(parents=True, exist_ok=True)
         file = open(Path(path) / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        msg = f"{path}: cannot be written ({error.strerror or error}). Choose another --output."
-        raise InputError(msg) from error
+        raise unwritable(Path(path), error, "Choose another --output.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             msg = f"{path}: another process is working on this run. Wait for it, or choose another --output."
             raise InputError(msg) from error
-        yield
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
+
+
+_locks: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    for file in _locks:
+        file.close()
+
+
+# data loaders' workers and telemetry are forked; those that outlive a killed run must not hold its lock
+os.register_at_fork(after_in_child=_let_go)
 
 
 def versions() -> dict[str, Any]:

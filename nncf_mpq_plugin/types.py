@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.files import written_atomically
 
 SCHEMA_VERSION = 1
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 7, 8, 32)
@@ -26,18 +25,8 @@ MOST_DIGITS = 400  # of an integer in a file; Python refuses to print one of mor
 
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Write ``text`` to a temporary file beside ``path`` and rename it, so that the file appears only whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:

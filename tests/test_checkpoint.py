@@ -14,7 +14,7 @@ from nncf_mpq_plugin.checkpoint import (
     restore_tensors,
     save_state,
 )
-from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.errors import InputError, StorageError
 
 
 def test_round_trip_of_shared_strided_and_scalar_tensors(tmp_path):
@@ -51,8 +51,8 @@ def test_a_failed_save_leaves_the_old_state(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nncf_mpq_plugin.checkpoint.os.replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("nncf_mpq_plugin.files.os.replace", full_disk)
+    with pytest.raises(StorageError, match="No space"):
         save_state(path, {"a": torch.zeros(2)}, {"step": 2})
     assert load_state(path)[1] == {"step": 1}
     assert os.listdir(tmp_path) == ["s.safetensors"]

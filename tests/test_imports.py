@@ -29,6 +29,7 @@ ONLY_UNDER = {
 # what a module of the core may import of the package, itself and what these import included
 LAYERS = (
     ("errors",),
+    ("files", "requirements"),
     ("types",),
     ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq"),
     ("allocation.bounds", "allocation.constraints", "allocation.enumeration"),

@@ -41,6 +41,7 @@ from nncf_mpq_plugin.adapters.plan import (
     make_plan,
 )
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
+from nncf_mpq_plugin.files import written_atomically
 from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer, quantizers_of
 from nncf_mpq_plugin.types import LayerBits, LayerCost, read_json, write_json
@@ -138,13 +139,15 @@ def place(
         to be kept in floating point.
     :param target: ``openvino`` or ``onnxruntime``.
     :return: the quantized copy, in evaluation mode.
-    :raises UnsupportedModelError: if NNCF cannot trace the model, or finds nothing to quantize in it.
+    :raises UnsupportedModelError: if NNCF cannot trace the model, finds nothing to quantize in it, or its operations
+        depend on the data.
     :raises InputError: if a pattern in ``fixed_bits`` fits no layer.
     """
     fixed_bits = {"first": 8, "last": 8} if fixed_bits is None else fixed_bits
     quantized = _quantize_by_nncf(model, calibration, ignored_scopes)
     signs, weight_hooks = _take_out_quantizers(quantized)
     graph = build_nncf_graph(quantized, example_input)
+    _check_static(graph, quantized, example_input, calibration)
     ops, sites, costs = _read_graph(graph, quantized, weight_hooks, example_input.shape[0])
     if not costs:
         msg = "NNCF finds no layer to quantize in the model (convolution or linear with a weight), or all are ignored."
@@ -259,11 +262,9 @@ def save_model(directory: str | Path, frozen: nn.Module) -> None:
     :param frozen: what :func:`freeze` returned.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous().clone() for name, value in frozen.state_dict().items()}
-    temporary = directory / ".model.safetensors.tmp"
-    save_file(state, temporary, metadata={"format": "pt"})
-    temporary.replace(directory / "model.safetensors")
+    with written_atomically(directory / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
     write_json(directory / "nncf_config.json", nncf.torch.get_config(frozen))
 
 
@@ -381,6 +382,22 @@ def _take_out_quantizers(quantized: nn.Module) -> tuple[dict[Position, bool], di
             positions[position] = bool(hook.signed)
         storage.delete_hook(name)
     return positions, weights
+
+
+def _check_static(graph: Any, model: nn.Module, example_input: Tensor, calibration: Sequence[Tensor]) -> None:
+    """:raises UnsupportedModelError: if other data go through other operations than those that were traced."""
+    traced = {node.node_name for node in graph.get_all_nodes()}
+    batch = calibration[0] if len(calibration) else example_input
+    for sample in (batch[:1], batch[-1:], torch.zeros_like(batch[:1])):
+        sample = sample.expand_as(example_input).to(example_input.device)
+        odd = sorted(traced ^ {node.node_name for node in build_nncf_graph(model, sample).get_all_nodes()})
+        if odd:
+            msg = (
+                f"The model's operations depend on the data: {odd[0]!r} and {len(odd) - 1} others run for some inputs "
+                "only. Quantizers would be missing there, and the exported graph would hold one branch. Replace "
+                "if and loops over tensor values by operations such as torch.where."
+            )
+            raise UnsupportedModelError(msg)
 
 
 def _read_graph(

@@ -18,6 +18,7 @@ from onnx import NodeProto, helper, numpy_helper
 
 from nncf_mpq_plugin.deploy.graph import OPSET, is_marker
 from nncf_mpq_plugin.errors import UnsupportedModelError
+from nncf_mpq_plugin.files import written_atomically
 
 _TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
 _IDENTITY_TOLERANCE = 1e-5
@@ -183,11 +184,8 @@ def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:
     """Write the model; the file appears only whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    onnx.save(model, temporary)
-    temporary.replace(path)
+    with written_atomically(path) as temporary:
+        onnx.save(model, temporary)
 
 
 def count_operators(model: onnx.ModelProto) -> dict[str, int]:

@@ -16,6 +16,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.files import written_atomically
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 """Compile-time properties for exact results: new CPUs would run what is not INT8 in bfloat16."""
@@ -49,12 +50,8 @@ def save_ir(model: ov.Model, path: str | Path) -> None:
 
     :param path: ends in ``.xml``.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    ov.save_model(model, str(temporary), compress_to_fp16=False)
-    temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
-    temporary.replace(path)
+    with written_atomically(path) as temporary, written_atomically(Path(path).with_suffix(".bin")):
+        ov.save_model(model, str(temporary), compress_to_fp16=False)
 
 
 def compile_exactly(path: str | Path, **properties: Any) -> ov.CompiledModel:
