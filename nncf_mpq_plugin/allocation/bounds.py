@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +39,11 @@ class Problem:
     resources: np.ndarray
     bounds: np.ndarray
     groups: np.ndarray
+
+    @cached_property
+    def loads(self) -> np.ndarray:
+        """``resources`` in floating point, for values that need not be exact."""
+        return self.resources.astype(np.float64)
 
     def of(self, values: np.ndarray, weight: np.ndarray, activation: np.ndarray) -> np.ndarray:
         """:return: the sum of ``values`` ``[..., layers, W, A]`` over the layers' choices. ``[...]``."""
@@ -68,7 +74,7 @@ class Problem:
             same activation bits ``[D, layers, W, A]``, and how far each group's best at given activation bits lies
             above the group's best ``[D, groups, A]``; infinite for choices that are not allowed.
         """
-        values = self.costs + np.tensordot(multipliers, self.resources, 1)
+        values = self.costs + np.tensordot(multipliers, self.loads, 1)
         by_activation, totals = self.group_totals(values)
         with np.errstate(invalid="ignore"):  # infinite less infinite
             above = np.where(np.isinf(values), np.inf, values - by_activation[..., None, :])
@@ -92,12 +98,11 @@ class Problem:
 
     def rank(self, choice: Choice) -> tuple[int, ...]:
         """:return: what policies of equal objective are ordered by: bits by group, activation first; lower is first."""
-        weight, activation = choice
-        result: list[int] = []
-        for group in range(int(self.groups.max()) + 1):
-            members = np.flatnonzero(self.groups == group)
-            result += [int(activation[members[0]]), *weight[members].tolist()]
-        return tuple(result)
+        weight, activation = (indices.tolist() for indices in choice)
+        by_group: dict[int, list[int]] = {}
+        for layer, group in enumerate(self.groups.tolist()):
+            by_group.setdefault(group, [activation[layer]]).append(weight[layer])
+        return tuple(bits for group in by_group.values() for bits in group)
 
     def undominated(self) -> Problem:
         """
@@ -151,7 +156,7 @@ class Relaxation:
 
 def lagrangian(problem: Problem, multipliers: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """:return: ``L(multipliers)`` and the policy that attains it."""
-    values = problem.costs + np.tensordot(multipliers, problem.resources, 1)
+    values = problem.costs + np.tensordot(multipliers, problem.loads, 1)
     total, weight, activation = problem.cheapest(values)
     return total - float(multipliers @ problem.bounds), weight, activation
 
@@ -177,7 +182,7 @@ def relax(problem: Problem) -> Relaxation:
 
 def _totals(problem: Problem, multipliers: np.ndarray) -> np.ndarray:
     """:return: the smallest sum of values at each of several multipliers. ``[D]``."""
-    _, totals = problem.group_totals(problem.costs + np.tensordot(multipliers, problem.resources, 1))
+    _, totals = problem.group_totals(problem.costs + np.tensordot(multipliers, problem.loads, 1))
     return totals.min(-1).sum(-1)
 
 

@@ -178,6 +178,13 @@ def _blocks(problem: Problem, open_: Open) -> tuple[np.ndarray, np.ndarray, list
 
 def _block(problem: Problem, open_: Open, group: int, layers: Sequence[int]) -> Block:
     """:return: the joint choices of a group, activation by activation, layer by layer."""
+    if len(layers) == 1:
+        layer = layers[0]
+        a, w = np.nonzero(open_.mask[layer].T)
+        above = open_.above[layer, w, a] + open_.offsets[group, a]
+        return Block(
+            np.array(layers), options(above, open_.grid[layer, w, a], problem.resources[:, layer, w, a]), w[:, None], a
+        )
     found: list[States] = []
     weights, activations = [np.zeros((0, len(layers)), dtype=int)], [np.zeros(0, dtype=int)]
     for a in np.flatnonzero(open_.mask[layers].any(1).all(0)).tolist():
@@ -187,8 +194,7 @@ def _block(problem: Problem, open_: Open, group: int, layers: Sequence[int]) -> 
             w = np.flatnonzero(open_.mask[layer, :, a])
             added = options(open_.above[layer, w, a], open_.grid[layer, w, a], problem.resources[:, layer, w, a])
             states = extended(states, added, open_.radius, after=True)
-            if len(layers) > 1:
-                states = states.taking(undominated(states))
+            states = states.taking(undominated(states))
             chosen = np.column_stack([chosen[states.before], w[states.option]])
         found.append(states)
         weights.append(chosen)
