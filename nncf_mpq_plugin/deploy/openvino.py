@@ -40,6 +40,8 @@ def to_openvino(onnx_path: str | Path) -> ov.Model:
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i8 and len(node.shape) > 1:
             _pack(node)
+        elif node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i32:
+            _fold_bias(node)
     model.validate_nodes_and_infer_types()
     return model
 
@@ -113,12 +115,26 @@ def _pack(constant: ov.Node) -> None:
         value = part if value is None else ops.add(value, part)
         shift += plane_bits
     centred = ops.subtract(value, ops.constant(np.float32(offset)))
-    weight = ops.multiply(centred, ops.constant(step))
-    low, high = ops.constant(-128 * step), ops.constant(127 * step)
+    scale = ops.constant(step)
+    weight = ops.multiply(centred, scale)
+    low, high = (ops.multiply(scale, ops.constant(np.float32(limit))) for limit in (-128, 127))
     quantized = ops.fake_quantize(weight, low, high, low, high, 256)
     quantized.set_friendly_name(after.get_friendly_name())
     for target in after.output(0).get_target_inputs():
         target.replace_source_output(quantized.output(0))
+
+
+def _fold_bias(constant: ov.Node) -> None:
+    """Replace Constant(i32) -> Convert -> Multiply(unit) by the product: four bytes a channel instead of eight."""
+    convert = _only_consumer(constant.output(0), "Convert")
+    after = convert and _only_consumer(convert.output(0), "Multiply")
+    unit = _constant_value(after.input_value(1)) if after else None
+    if after is None or unit is None:
+        return
+    value = ops.constant(constant.data.astype(np.float32) * unit.astype(np.float32))
+    value.set_friendly_name(after.get_friendly_name())
+    for target in after.output(0).get_target_inputs():
+        target.replace_source_output(value.output(0))
 
 
 def _bits_for(low: int, high: int) -> int:

@@ -1,0 +1,52 @@
+"""The scripts of docs/upstream.md run, and still show what the document says they show."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("openvino", reason="needs OpenVINO")
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "benchmarks" / "upstream").glob("*.py"))
+
+
+def output(script: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_document_names_the_script(script: Path) -> None:
+    assert f"benchmarks/upstream/{script.name}" in (ROOT / "docs" / "upstream.md").read_text()
+
+
+def test_the_fused_residual_loses_a_rounding_only_with_low_precision_transformations() -> None:
+    fused, unfused = output(ROOT / "benchmarks/upstream/fused_residual.py").splitlines()
+    assert fused.endswith("0.00% if the inner FakeQuantize only clips")
+    assert " 0.00% of the elements are off" not in fused
+    assert " 0.00% of the elements are off" in unfused
+
+
+def test_half_range_weights_do_not_saturate() -> None:
+    full, half = output(ROOT / "benchmarks/upstream/saturation.py", ONEDNN_MAX_CPU_ISA="AVX2").splitlines()
+    assert " 0.00% of the elements" not in full
+    assert " 0.00% of the elements" in half
+
+
+def test_f32_at_compile_time_is_exact() -> None:
+    _, exact = output(ROOT / "benchmarks/upstream/precision_in_the_model.py").splitlines()
+    assert "float32" in exact
+    assert "16.01600, expected 16.01600" in exact
+
+
+def test_f32_compiles_under_a_limited_instruction_set() -> None:
+    lines = output(ROOT / "benchmarks/upstream/limited_isa.py", ONEDNN_MAX_CPU_ISA="AVX2").splitlines()
+    assert [line for line in lines if ", f32:" in line] == ["convolution, f32: compiles", "softmax, f32: compiles"]
