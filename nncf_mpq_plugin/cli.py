@@ -23,9 +23,14 @@ from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json, wr
 if TYPE_CHECKING:
     from nncf_mpq_plugin.pipeline import Pipeline
 
-EXIT_CODES = """exit codes:
+EPILOG = """examples:
+  nncf-mpq run configs/digits_resnet.json                everything, into runs/digits_resnet
+  nncf-mpq search runs/digits_resnet --bitops-ratio 0.1  another budget, no training
+  nncf-mpq COMMAND --help                                what a command takes
+
+exit codes:
   0 done                         3 no policy meets the budget
-  1 unexpected failure           4 the deployed model does not agree with the trained one
+  1 unexpected failure           4 exported and trained model do not agree
   2 bad input or config        130 interrupted; the same command goes on
 """
 RUN_HELP = "a config file, or the folder of a run that was begun"
@@ -75,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nncf-mpq",
         description="Mixed-precision quantization by learned layer importance, for NNCF and OpenVINO.",
-        epilog=EXIT_CODES,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -84,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=description, description=description)
         added.set_defaults(function=function, command=name)
         if run:
-            added.add_argument("run", metavar="CONFIG" if name == "run" else "RUN", help=run)
+            added.add_argument("run", metavar="CONFIG" if name in ("run", "train-importance") else "RUN", help=run)
             added.add_argument(
                 "--allow-code",
                 action="store_true",
@@ -112,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command("finetune", _finetune, "Fine-tune at the policy's bits and freeze.", run=RUN_HELP)
     added.add_argument("--policy", metavar="FILE", help="use this policy (edited by hand, say) in place of the run's")
     command("export", _export, "Write the ONNX file and the OpenVINO IR.", run=RUN_HELP)
-    description = "Compare the exported files with the trained model."
+    description = "Compare the exported files with the trained model; exit code 4 if they do not agree."
     added = command("verify", _verify, description, run=RUN_HELP, json_help="print the report (verify.json)")
     added.add_argument(
         "--model", metavar="FILE", help="compare this exported file (.xml or .onnx) in place of the run's, which stay"
@@ -123,16 +128,18 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each inference (2)")
     description = "Write report.html, one page that shows the run as far as it has come."
     command("report", _report, description).add_argument("run", metavar="RUN", help="the folder of a run")
-    added = commands.add_parser("config", help="Check a config, or print what it may hold.")
+    description = "Check a config, or print what it may hold."
+    added = commands.add_parser("config", help=description, description=description)
     actions = added.add_subparsers(title="actions", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="validate a config file")
-    check.add_argument("file", metavar="FILE")
-    check.set_defaults(function=_config_check)
     for name, function, text in (
-        ("schema", _config_schema, "print the JSON Schema, for editors"),
-        ("docs", _config_docs, "print the reference of all keys, as Markdown"),
+        ("check", _config_check, "Validate a config file; what is wrong is listed with the nearest valid choice."),
+        ("schema", _config_schema, "Print the JSON Schema, for editors."),
+        ("docs", _config_docs, "Print the reference of all keys, as Markdown."),
     ):
-        actions.add_parser(name, help=text, description=text).set_defaults(function=function)
+        action = actions.add_parser(name, help=text, description=text)
+        action.set_defaults(function=function)
+        if name == "check":
+            action.add_argument("file", metavar="FILE", help="the config, as nncf-mpq run takes it")
     return parser
 
 
@@ -160,7 +167,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out-of-order",
         choices=("ban", "isotonic", "keep"),
-        help="what to do with an importance that rises with more bits (default: ban)",
+        help="an importance that rises with more bits is left out (ban, the default), replaced by the nearest falling "
+        "curve (isotonic), or kept",
     )
     parser.add_argument(
         "--refine-seconds",

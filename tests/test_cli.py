@@ -132,15 +132,27 @@ def commands() -> list[str]:
     return sorted(actions[0].choices)
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in commands())], ids=lambda words: " ".join(words) or "all")
-def test_help_reads_well(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+CONFIG_ACTIONS = [["config", action] for action in ("check", "schema", "docs")]
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in commands()), *CONFIG_ACTIONS], ids=lambda words: " ".join(words) or "all"
+)
+def test_help_reads_well(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: nncf-mpq")
     assert "None" not in out
+    description = out.split("\n\n")[1]
+    assert description[0].isupper(), out
+    assert description.endswith("."), out
     assert "exit codes" in out or command
+    assert max(len(line) for line in out.splitlines()) <= 80
 
 
 def test_the_readme_names_every_command() -> None:
