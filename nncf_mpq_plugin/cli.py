@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from nncf_mpq_plugin.pipeline import Pipeline
 
 EPILOG = """examples:
-  nncf-mpq run configs/digits_resnet.json                everything, into runs/digits_resnet
-  nncf-mpq search runs/digits_resnet --bitops-ratio 0.1  another budget, no training
-  nncf-mpq COMMAND --help                                what a command takes
+  nncf-mpq run configs/digits_resnet.json                everything
+  nncf-mpq search runs/digits_resnet --bitops-ratio 0.1  another budget
+  nncf-mpq COMMAND --help                                what it takes
 
 exit codes:
   0 done                         3 no policy meets the budget
