@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nncf_mpq_plugin.adapters.nncf3 import freeze, load_model, place, save_model
-    from nncf_mpq_plugin.allocation import Solution, search
+    from nncf_mpq_plugin.allocation import BitsConstraint, Solution, explain, pareto, search, what_if
     from nncf_mpq_plugin.api import Quantized, quantize
+    from nncf_mpq_plugin.comparison import policy_by_name
     from nncf_mpq_plugin.config import Config
+    from nncf_mpq_plugin.costs import LatencyTable
     from nncf_mpq_plugin.deploy import compile, export, verify
     from nncf_mpq_plugin.errors import (
         ConfigError,
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapters.nncf3": ("freeze", "load_model", "place", "save_model"),
-    "allocation": ("Solution", "search"),
+    "allocation": ("BitsConstraint", "Solution", "explain", "pareto", "search", "what_if"),
+    "comparison": ("policy_by_name",),
+    "costs": ("LatencyTable",),
     "api": ("Quantized", "quantize"),
     "config": ("Config",),
     "deploy": ("compile", "export", "verify"),
@@ -68,6 +72,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AverageBits",
+    "BitsConstraint",
     "Budget",
     "Config",
     "ConfigError",
@@ -77,6 +82,7 @@ __all__ = [
     "InputError",
     "InterruptedRun",
     "JointConfig",
+    "LatencyTable",
     "LayerBits",
     "Listener",
     "MPQError",
@@ -92,18 +98,22 @@ __all__ = [
     "VerificationError",
     "compile",
     "evaluate",
+    "explain",
     "export",
     "fine_tune",
     "freeze",
     "importance_from_scales",
     "load_model",
+    "pareto",
     "place",
+    "policy_by_name",
     "quantize",
     "save_model",
     "search",
     "sources_of",
     "train_jointly",
     "verify",
+    "what_if",
 ]
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nncf_mpq_plugin import tables
+from nncf_mpq_plugin.comparison import METHODS, policy_by_name
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError, InterruptedRun, MPQError, VerificationError
-from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy, read_json, write_json
+from nncf_mpq_plugin.search_options import Request, add_search_options, asks_for_another_search, limit_of, request_of
+from nncf_mpq_plugin.types import BUDGETS, Budget, ImportanceTable, Policy, read_json, write_json
 
 if TYPE_CHECKING:
     from nncf_mpq_plugin.pipeline import Pipeline
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         added = command(name, function, description, run=RUN_HELP, json_help=json_help)
         added.add_argument("--output", metavar="DIR", help="the run's folder (default: runs/NAME_OF_THE_CONFIG)")
         added.add_argument("--restart", action="store_true", help="remove what an earlier run left in the folder")
-    _add_search(command("search", _search, "Find the best policy within budgets.", json_help="print one JSON object"))
+    _add_searches(command)
     added = command("finetune", _finetune, "Fine-tune at the policy's bits and freeze.", run=RUN_HELP)
     added.add_argument("--policy", metavar="FILE", help="use this policy (edited by hand, say) in place of the run's")
     command("export", _export, "Write the ONNX file and the OpenVINO IR.", run=RUN_HELP)
@@ -143,41 +145,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-BUDGET_OPTIONS = {
-    "average-weight-bits": "average bits of weights; with --average-activation-bits, the BitOps of that uniform policy",
-    "average-activation-bits": "average bits of activations",
-    "bitops": "BitOps of the searchable layers",
-    "bitops-ratio": "BitOps relative to uniform 8 bits",
-    "compression-ratio": "32 bits / average weight bits, all layers",
-    "model-size-bytes": "bytes of all weights",
-}
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", metavar="TABLE", help="an importance table (JSON), or the folder of a run")
-    budgets = parser.add_argument_group("budgets (all that are given hold together; for a run: default its config's)")
-    for name, text in BUDGET_OPTIONS.items():
-        budgets.add_argument(f"--{name}", type=float, metavar="N", help=text)
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        metavar="N",
-        help="weight importance counts N times (default: 2 for learned scales, 1 for importances in units of loss)",
+def _add_searches(command: Callable[..., Any]) -> None:
+    one = "print one JSON object"
+    added = command("search", _search, "Find the best policy within budgets.", json_help=one)
+    add_search_options(added)
+    added.add_argument("--gap", type=float, metavar="N", help="relative gap to the optimum that is good enough (1e-9)")
+    added.add_argument("--time-limit", type=float, metavar="S", help="take the best policy found within S seconds")
+    added.add_argument(
+        "--method",
+        choices=METHODS,
+        default="learned",
+        help="a policy to compare with, within the same budgets (default: learned, the optimum)",
     )
-    parser.add_argument(
-        "--out-of-order",
-        choices=("ban", "isotonic", "keep"),
-        help="an importance that rises with more bits is left out (ban, the default), replaced by the nearest falling "
-        "curve (isotonic), or kept",
-    )
-    parser.add_argument(
+    added.add_argument("--seed", type=int, default=0, metavar="N", help="of the methods random and shuffled (0)")
+    added.add_argument(
         "--refine-seconds",
         type=float,
         metavar="S",
         help="for a run: improve the answer for S seconds by measuring policies in its jointly trained model",
     )
-    parser.add_argument("--allow-code", action="store_true", help="with --refine-seconds: as for run")
-    parser.add_argument("--output", metavar="FILE", help="write the policy to this file")
+    added.add_argument("--allow-code", action="store_true", help="with --refine-seconds: as for run")
+    added.add_argument("--output", metavar="FILE", help="write the policy to this file")
+    description = "Find the best policy at each of many values of one budget."
+    added = command("pareto", _pareto, description, json_help=f"{one}, with every policy")
+    add_search_options(added)
+    added.add_argument("--vary", choices=BUDGETS, default="bitops_ratio", help="the budget (default: bitops_ratio)")
+    added.add_argument("--points", type=int, default=100, metavar="N", help="how many (100)")
+    added.add_argument("--output", metavar="FILE", help="write all policies to this file (JSON)")
+    added.add_argument("--draw", metavar="FILE", help="draw objective over budget; the suffix gives the format")
+    description = "Tell which budgets bind, and what each layer's next bit up or down would cost and gain."
+    add_search_options(command("explain", _explain, description, json_help=one))
+    description = "Find the best policy if layers were pinned elsewhere, and what that would cost."
+    added = command("what-if", _what_if, description, json_help=one)
+    add_search_options(added)
+    added.add_argument("pinned", metavar="LAYERS[:TENSOR]=BITS", help="the pin, such as 'layer1.*:weight=4'")
 
 
 def _run(options: argparse.Namespace, out: Console) -> dict[str, Any]:
@@ -220,48 +221,74 @@ def _search(options: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _wants_other_search(options: argparse.Namespace) -> bool:
-    others = (options.alpha, options.out_of_order, options.refine_seconds)
-    return bool(_budget_options(options)) or any(value is not None for value in others)
+    others = (options.refine_seconds, options.gap, options.time_limit)
+    other_method = options.method != "learned"
+    return asks_for_another_search(options) or other_method or any(value is not None for value in others)
 
 
 def _search_anew(options: argparse.Namespace, out: Console) -> tuple[ImportanceTable, Policy]:
     from nncf_mpq_plugin.allocation import search
 
-    limits = _budget_options(options)
-    path, alpha, rule, budget = Path(options.table), None, "ban", None
-    if path.is_dir():
-        from nncf_mpq_plugin.runfolder import RunFolder
-
-        folder = RunFolder.open(path)
-        path, config = folder.file("importance.json"), folder.config
-        alpha, rule, budget = config.alpha, config.out_of_order, config.budget
-    if limits:
-        budget = Budget.from_json(limits, "command line")
-    if budget is None:
-        msg = f"No budget is given. Give one or more of: {', '.join(f'--{name}' for name in BUDGET_OPTIONS)}."
-        raise InputError(msg)
-    table = ImportanceTable.load(path)
-    alpha = alpha if options.alpha is None else options.alpha
-    rule = options.out_of_order or rule
+    request = request_of(options)
+    budget = request.with_budget()
+    if options.method != "learned":
+        return request.table, _by_method(options, request, budget)
     if options.refine_seconds is None:
-        return table, search(table, budget, alpha=alpha, out_of_order=rule).policy
+        gap = {} if options.gap is None else {"gap": options.gap}
+        found = search(request.table, budget, **request.arguments, **gap, time_limit=options.time_limit)
+        return request.table, found.policy
     if not Path(options.table).is_dir():
         msg = f"--refine-seconds needs a run's folder, whose jointly trained model it asks; {options.table} is a file."
         raise InputError(msg)
     options.run = options.table
     with _pipeline(options, out) as pipeline:
-        limits = {"evaluations": None, "seconds": options.refine_seconds, "samples": config.refine["samples"]}
-        refinement = pipeline.refined(table, budget=budget, alpha=alpha, out_of_order=rule, **limits)
-    return table, refinement.solution.policy
+        samples = pipeline.folder.config.refine["samples"]
+        limits = {"evaluations": None, "seconds": options.refine_seconds, "samples": samples}
+        refinement = pipeline.refined(request.table, request.arguments, budget=budget, **limits)
+    return request.table, refinement.solution.policy
 
 
-def _budget_options(options: argparse.Namespace) -> dict[str, Any]:
-    """:return: the budgets of the command line, as a config's ``budgets``."""
-    given = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in BUDGET_OPTIONS}
-    limits: dict[str, Any] = {name: limit for name, limit in given.items() if limit is not None}
-    parts = [part for part in ("weight", "activation") if f"average_{part}_bits" in limits]
-    average = {part: limits.pop(f"average_{part}_bits") for part in parts}
-    return {**limits, "average_bits": average} if average else limits
+def _by_method(options: argparse.Namespace, request: Request, budget: Budget) -> Policy:
+    arguments = dict(request.arguments)
+    limits, weight_only = arguments.pop("constraints"), arguments.pop("weight_only")
+    if limits or weight_only:
+        msg = f"--method {options.method} takes no limits on single layers and no --weight-only."
+        raise InputError(msg)
+    return policy_by_name(options.method, request.table, budget, seed=options.seed, **arguments)
+
+
+def _pareto(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    from nncf_mpq_plugin.allocation import draw, pareto
+
+    request = request_of(options)
+    sweep = pareto(request.table, options.vary, request.budget, points=options.points, **request.arguments)
+    if options.output:
+        sweep.save(options.output)
+    if options.draw:
+        draw(sweep, options.draw)
+    _quiet_for_json(options, out).print(tables.sweep_table(sweep.to_json()))
+    return sweep.to_json()
+
+
+def _explain(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    from nncf_mpq_plugin.allocation import explain
+
+    request = request_of(options)
+    report = explain(request.table, request.with_budget(), **request.arguments).to_json()
+    out = _quiet_for_json(options, out)
+    out.print(tables.binding_table(report))
+    out.print(tables.steps_table(report))
+    return report
+
+
+def _what_if(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    from nncf_mpq_plugin.allocation import what_if
+
+    request = request_of(options)
+    pin = limit_of(options.pinned, "pinned")
+    report = what_if(request.table, request.with_budget(), pin, **request.arguments).to_json()
+    _quiet_for_json(options, out).print(tables.what_if_table(report))
+    return report
 
 
 def _finetune(options: argparse.Namespace, out: Console) -> None:

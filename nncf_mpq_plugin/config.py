@@ -33,6 +33,8 @@ class Config:
     :param joint_training: keyword arguments of ``JointConfig`` (without the seed).
     :param fine_tuning: keyword arguments of ``FinetuneConfig`` (without the seed).
     :param training: keyword arguments of ``FloatConfig`` (without the seed).
+    :param constraints: keyword arguments of ``BitsConstraint``, one mapping a limit.
+    :param latency_table: absolute path, or None.
     """
 
     model: str
@@ -49,6 +51,10 @@ class Config:
     keep_weights: str
     importance: Mapping[str, Any]
     alpha: float | None
+    constraints: tuple[Mapping[str, Any], ...]
+    latency_table: str | None
+    gap: float
+    time_limit: float | None
     refine: Mapping[str, Any]
     out_of_order: str
     budget: Budget
@@ -93,6 +99,10 @@ class Config:
             complete["data"]["source"] = f"imagefolder:{directory}"
         initializer = complete["compression"]["initializer"]
         precision = initializer["precision"]
+        search = precision["search"]
+        if search["latency_table"] is not None:
+            named = f"{place}: compression.initializer.precision.search.latency_table"
+            search["latency_table"] = _absolute(search["latency_table"], folder, named)
         budgets = _given(precision["budgets"])
         place = f"{place}: compression.initializer.precision.budgets"
         # JSON knows lists only, so that a saved and read config compares equal
@@ -112,6 +122,10 @@ class Config:
             keep_weights=precision["keep_weights"],
             importance=precision["importance"],
             alpha=precision["alpha"],
+            constraints=tuple(precision["search"]["constraints"]),
+            latency_table=precision["search"]["latency_table"],
+            gap=precision["search"]["gap"],
+            time_limit=precision["search"]["time_limit"],
             refine=precision["search"]["refine"],
             out_of_order=precision["out_of_order"],
             budget=Budget.from_json(budgets, place),

@@ -155,7 +155,42 @@ _PRECISION = _section(
     ),
     budgets=_BUDGETS,
     search=_section(
-        "Beyond the program.",
+        "The program, and what comes after it.",
+        constraints=Key(
+            "list",
+            "Limits on single layers: objects with `layers` (a name or a pattern with *), `tensor` (`weight`, "
+            "`activation` or `both`) and `minimum`, `maximum` or `pinned` bits.",
+            default=(),
+            item=Key(
+                "object",
+                "A limit.",
+                keys={
+                    "layers": Key("string", "A layer's name, or a pattern with *."),
+                    "tensor": Key(
+                        "string",
+                        "What is limited.",
+                        default="both",
+                        choices=("weight", "activation", "both"),
+                    ),
+                    **{
+                        name: Key("integer", text, default=None, nullable=True, choices=CANDIDATE_BITS)
+                        for name, text in (
+                            ("minimum", "Smallest bit width."),
+                            ("maximum", "Largest bit width."),
+                            ("pinned", "The bit width."),
+                        )
+                    },
+                },
+            ),
+        ),
+        latency_table=Key(
+            "string",
+            "File with measured times of the layers, for the budget `latency_ratio`; relative to the config.",
+            default=None,
+            nullable=True,
+        ),
+        gap=Key("number", "Relative gap to the optimum at which the search may stop.", default=1e-9, minimum=0),
+        time_limit=_optional_number("Seconds after which the best policy found so far is taken.", above=0),
         refine=_section(
             "Measure policies in the jointly trained model: begin with the best of several (other alphas, the learned "
             "scales), then swap bits between tensors as long as the loss falls.",

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from nncf_mpq_plugin.adapters.nncf3 import NNCFQuantizedModel, freeze, load_model, place, save_model
-from nncf_mpq_plugin.allocation import prepare, search
+from nncf_mpq_plugin.allocation import BitsConstraint, prepare, search
 from nncf_mpq_plugin.batches import Batches, split_batch
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
 from nncf_mpq_plugin.comparison import uniform
 from nncf_mpq_plugin.config import Config
+from nncf_mpq_plugin.costs import LatencyTable
 from nncf_mpq_plugin.data import Data, check_data, check_inputs, load_data
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
@@ -245,14 +246,14 @@ class Pipeline:
         """Find the policy, and the uniform one to compare it with."""
         config = self.folder.config
         table = ImportanceTable.load(self.folder.file(IMPORTANCE))
-        options: dict[str, Any] = {"alpha": config.alpha, "out_of_order": config.out_of_order}
+        program = self._program()
         if config.refine["evaluations"]:
-            solution = self.refined(table, **options, **config.refine).solution
+            solution = self.refined(table, program, **config.refine).solution
         else:
-            solution = search(table, config.budget, **options)
+            solution = search(table, config.budget, **program, gap=config.gap, time_limit=config.time_limit)
         self.folder.file(UNIFORM_POLICY).unlink(missing_ok=True)
         try:
-            uniform(table, config.budget).save(self.folder.file(UNIFORM_POLICY))
+            uniform(table, config.budget, program["latency"]).save(self.folder.file(UNIFORM_POLICY))
         except InfeasibleBudgetError as error:
             self._log(f"  There is no uniform policy to compare with: {error}")
         for correction in solution.corrections:
@@ -263,12 +264,21 @@ class Pipeline:
             )
         solution.policy.save(self.folder.file(POLICY))
 
+    def _program(self) -> dict[str, Any]:
+        """:return: the config's arguments of :func:`nncf_mpq_plugin.allocation.search.prepare`."""
+        config = self.folder.config
+        return {
+            "alpha": config.alpha,
+            "out_of_order": config.out_of_order,
+            "constraints": tuple(BitsConstraint(**limits) for limits in config.constraints),
+            "latency": None if config.latency_table is None else LatencyTable.load(config.latency_table),
+        }
+
     def refined(
         self,
         table: ImportanceTable,
+        program: Mapping[str, Any],
         *,
-        alpha: float | None,
-        out_of_order: str,
         evaluations: int | None,
         seconds: float | None,
         samples: int,
@@ -280,6 +290,7 @@ class Pipeline:
         The loss is measured on training samples that joint training has not seen, where its ``data_fraction`` leaves
         any out.
 
+        :param program: arguments of :func:`nncf_mpq_plugin.allocation.search.prepare`.
         :param budget: default: the config's.
         """
         config = self.folder.config
@@ -298,11 +309,11 @@ class Pipeline:
         )
         scales = ImportanceTable.load(self.folder.file(JOINT_SCALES))
         candidates = {
-            f"scale, alpha {other:g}": search(scales, budget, alpha=other, out_of_order=out_of_order).policy.layers
+            f"scale, alpha {other:g}": search(scales, budget, **{**program, "alpha": other}).policy.layers
             for other in SCALE_ALPHAS
         }
         refinement = refine(
-            prepare(table, budget, alpha=alpha, out_of_order=out_of_order),
+            prepare(table, budget, **program),
             measure,
             candidates=candidates,
             evaluations=evaluations,

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+MOST_POINTS = 25
+
 
 def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """
@@ -135,6 +137,79 @@ def search_lines(report: Mapping[str, Any], totals: Mapping[str, Any]) -> list[s
             f"out of order: {correction['layer']}, {correction['tensor']} at {correction['bits']} bits, {became}"
         )
     return lines
+
+
+def sweep_table(report: Mapping[str, Any]) -> Table:
+    """
+    :param report: a sweep as JSON.
+    :return: one row a point; of many points every n-th.
+    """
+    points = report["points"]
+    every = max(1, -(-len(points) // MOST_POINTS))
+    shown = points[::every] + ([] if (len(points) - 1) % every == 0 else points[-1:])
+    table = Table(title=f"Best policies over {report['vary']}, {len(points)} points", title_justify="left")
+    for heading in (report["vary"], "objective", "BitOps", "compression", "seconds"):
+        table.add_column(heading, justify="right")
+    for point in shown:
+        table.add_row(
+            point["budgets"][report["vary"]]["reached"],
+            f"{point['objective']:.6g}",
+            quantity(point["bitops"]),
+            f"{point['compression_ratio']:.2f}x",
+            f"{point['seconds']:.3f}",
+        )
+    return table
+
+
+def binding_table(report: Mapping[str, Any]) -> Table:
+    """
+    :param report: an explanation as JSON.
+    :return: one row a budget.
+    """
+    objective = report["solution"]["objective"]
+    table = Table(title=f"Budgets, objective {objective:.6f}", title_justify="left")
+    table.add_column("budget", no_wrap=True)
+    for heading in ("asked", "reached", "unused", "binds", "objective\nwithout it"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report["budgets"]:
+        binds = "yes" if row["binding"] else "no"
+        without = f"{row['objective_without']:.6f}"
+        table.add_row(row["name"], row["asked"], row["reached"], f"{row['unused']:.3%}", binds, without)
+    return table
+
+
+def steps_table(report: Mapping[str, Any]) -> Table:
+    """
+    :param report: an explanation as JSON.
+    :return: one row a single step up or down, with what it would change.
+    """
+    table = Table(title="Next bit of each tensor, all others as they are", title_justify="left")
+    table.add_column("tensor", no_wrap=True)
+    names = [row["name"] for row in report["budgets"]]
+    for heading in ("bits", "objective", *(name.replace("_", "\n", 1) for name in names), "fits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step in report["steps"]:
+        table.add_row(
+            f"{', '.join(step['layers'])}: {step['tensor']}",
+            f"{step['bits']} -> {step['to']}",
+            f"{step['objective_change']:+.6f}",
+            *(f"{step['budget_changes'][name]:+.4g}" for name in names),
+            "yes" if step["fits"] else "no",
+        )
+    return table
+
+
+def what_if_table(report: Mapping[str, Any]) -> Table:
+    """
+    :param report: a what-if as JSON.
+    :return: one row a layer whose bits change.
+    """
+    before, after = report["before"]["objective"], report["after"]["objective"]
+    title = f"Objective {before:.6f} -> {after:.6f}, {report['objective_change']:+.6f}; layers that change"
+    table = Table("layer", "bits before (W / A)", "bits after", title=title, title_justify="left")
+    for name, bits in report["changed"].items():
+        table.add_row(name, *(f"{bits[when]['weight']} / {bits[when]['activation']}" for when in ("before", "after")))
+    return table
 
 
 def quantity(value: float) -> str:

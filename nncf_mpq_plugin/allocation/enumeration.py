@@ -187,18 +187,19 @@ def _block(problem: Problem, open_: Open, group: int, layers: Sequence[int]) -> 
         )
     found: list[States] = []
     weights, activations = [np.zeros((0, len(layers)), dtype=int)], [np.zeros(0, dtype=int)]
-    for a in np.flatnonzero(open_.mask[layers].any(1).all(0)).tolist():
-        states = nothing(len(problem.bounds), float(open_.offsets[group, a]))
+    for index in np.flatnonzero(open_.mask[layers].any(1).all(0)).tolist():
+        states = nothing(len(problem.bounds), float(open_.offsets[group, index]))
         chosen = np.zeros((1, 0), dtype=int)
         for layer in layers:
-            w = np.flatnonzero(open_.mask[layer, :, a])
-            added = options(open_.above[layer, w, a], open_.grid[layer, w, a], problem.resources[:, layer, w, a])
+            w = np.flatnonzero(open_.mask[layer, :, index])
+            at = layer, w, index
+            added = options(open_.above[at], open_.grid[at], problem.resources[:, *at])
             states = extended(states, added, open_.radius, after=True)
             states = states.taking(undominated(states))
             chosen = np.column_stack([chosen[states.before], w[states.option]])
         found.append(states)
         weights.append(chosen)
-        activations.append(np.full(len(states), a))
+        activations.append(np.full(len(states), index))
     above, cost = (np.concatenate([getattr(s, name) for s in found] or [[]]) for name in ("above", "cost"))
     use = np.concatenate([s.use for s in found] or [np.zeros((len(problem.bounds), 0))], 1)
     joint = options(above, cost.astype(np.int64), use.astype(np.int64))

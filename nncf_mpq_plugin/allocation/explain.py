@@ -32,6 +32,8 @@ class BudgetReport:
     :param name: the budget.
     :param requested: what was asked for, in the budget's unit.
     :param achieved: what the policy has, same unit.
+    :param asked: ``requested`` in words.
+    :param reached: ``achieved`` in words.
     :param unused: share of the budget, over the searchable layers, that the policy leaves.
     :param objective_without: the best objective if this budget were dropped and the others kept.
     :param binding: whether that is better.
@@ -40,6 +42,8 @@ class BudgetReport:
     name: str
     requested: float
     achieved: float
+    asked: str
+    reached: str
     unused: float
     objective_without: float
     binding: bool
@@ -103,6 +107,18 @@ class WhatIf:
     objective_change: float
     changed: Mapping[str, tuple[LayerBits, LayerBits]]
 
+    def to_json(self) -> dict[str, Any]:
+        """:return: a JSON-serialisable object."""
+        return {
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "objective_change": self.objective_change,
+            "changed": {
+                name: {"before": asdict(before), "after": asdict(after)}
+                for name, (before, after) in self.changed.items()
+            },
+        }
+
 
 def explain(table: ImportanceTable, budget: Budget, **options: Any) -> Explanation:
     """
@@ -123,6 +139,8 @@ def explain(table: ImportanceTable, budget: Budget, **options: Any) -> Explanati
                 limit.name,
                 limit.requested,
                 limit.achieved(sums[limit.name]),
+                limit.show(limit.requested),
+                limit.show(limit.achieved(sums[limit.name])),
                 1 - sums[limit.name] / limit.bound,
                 without,
                 without < solution.objective - 1e-9 * max(1.0, abs(solution.objective)),

@@ -118,6 +118,12 @@ def search(
     :raises InputError: for an unknown rule, a pattern that fits no layer, or a latency budget without a table.
     """
     start = time.perf_counter()
+    if not (np.isfinite(gap) and gap >= 0):
+        msg = f"gap: must be a finite number of at least 0, got {gap}."
+        raise InputError(msg)
+    if time_limit is not None and not time_limit > 0:
+        msg = f"time_limit: must be above 0 seconds, got {time_limit}."
+        raise InputError(msg)
     prepared = prepare(
         table,
         budget,
