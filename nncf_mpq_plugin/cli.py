@@ -169,7 +169,13 @@ def _add_searches(command: Callable[..., Any]) -> None:
     description = "Find the best policy at each of many values of one budget."
     added = command("pareto", _pareto, description, json_help=f"{one}, with every policy")
     add_search_options(added)
-    added.add_argument("--vary", choices=BUDGETS, default="bitops_ratio", help="the budget (default: bitops_ratio)")
+    added.add_argument(
+        "--vary",
+        choices=BUDGETS,
+        default="bitops_ratio",
+        metavar="BUDGET",
+        help=f"the budget (default: bitops_ratio): {', '.join(BUDGETS)}",
+    )
     added.add_argument("--points", type=int, default=100, metavar="N", help="how many (100)")
     added.add_argument("--output", metavar="FILE", help="write all policies to this file (JSON)")
     added.add_argument("--draw", metavar="FILE", help="draw objective over budget; the suffix gives the format")

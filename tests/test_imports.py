@@ -32,7 +32,9 @@ LAYERS = (
     ("files", "requirements"),
     ("types",),
     ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq"),
-    ("allocation.bounds", "allocation.constraints", "allocation.enumeration"),
+    ("allocation.bounds", "allocation.constraints", "allocation.states"),
+    ("allocation.join",),
+    ("allocation.enumeration",),
     ("allocation.program",),
     ("allocation.search",),
     ("allocation.explain", "allocation.sweep"),
@@ -41,6 +43,7 @@ LAYERS = (
     ("training", "data"),
     ("loop", "importance"),
     ("joint", "finetune", "floating", "runfolder", "sensitivity", "refine"),
+    ("search_options",),
 )
 TOP = ("pipeline", "api", "cli")
 
