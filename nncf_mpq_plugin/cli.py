@@ -155,7 +155,8 @@ def _add_searches(command: Callable[..., Any]) -> None:
         "--method",
         choices=METHODS,
         default="learned",
-        help="a policy to compare with, within the same budgets (default: learned, the optimum)",
+        metavar="NAME",
+        help=f"a policy to compare with, within the same budgets (default: learned): {', '.join(METHODS)}",
     )
     added.add_argument("--seed", type=int, default=0, metavar="N", help="of the methods random and shuffled (0)")
     added.add_argument(
