@@ -1,9 +1,8 @@
 """
-LSQ fake quantization with one learnable scale per bit width.
+The quantizer module: LSQ fake quantization (lsq.py) with one learnable scale per bit width.
 
-``scale`` is LSQ's step size s: ``y = s * round(clamp(x / s, Qn, Qp))`` (Esser et al., "Learned Step Size
-Quantization", ICLR 2020, eq. 1 and 2). A quantizer in joint training has one scale per candidate bit width; in
-fine-tuning, or where the bit width is fixed, it has one.
+``scale`` is LSQ's step size s (Esser et al., "Learned Step Size Quantization", ICLR 2020). A quantizer in joint
+training has one scale per candidate bit width; in fine-tuning, or where the bit width is fixed, it has one.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nncf_mpq_plugin.lsq import lsq_quantize
 
 SMALLEST_SCALE = 1e-5  # as in the published LIMPQ code: keeps x / s finite
 SEARCH_SAMPLE = 2**18  # values that the search for the initial scale looks at
@@ -33,25 +34,6 @@ def integer_range(bits: int, signed: bool, half_range: bool = False) -> tuple[in
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-class _LSQ(torch.autograd.Function):
-    """Forward and both gradients of LSQ; keeps its input (which the layer before has kept as well) and no copy."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, scale)
-        ctx.low, ctx.high, ctx.factor = low, high, factor
-        return (x / scale).round_().clamp_(low, high).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, scale = ctx.saved_tensors
-        v = x / scale
-        inside = (v > ctx.low) & (v < ctx.high)
-        q = v.round().clamp_(ctx.low, ctx.high)
-        slope = torch.where(inside, q - v, q) * grad
-        return grad * inside, slope.sum_to_size(scale.shape).mul_(ctx.factor), None, None, None
-
-
 class _StraightThrough(torch.autograd.Function):
     """Gives ``value`` exactly, and its gradient to ``scale``."""
 
@@ -62,20 +44,6 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return grad, None
-
-
-def lsq_quantize(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
-    """
-    Quantize and dequantize ``x``.
-
-    :param x: any shape.
-    :param scale: step size, one element or broadcastable to ``x`` (per-channel: ``[out, 1, 1, 1]``).
-    :param low: Qn as a (negative or zero) integer.
-    :param high: Qp.
-    :param factor: LSQ's gradient scale g = 1 / sqrt(N * Qp), applied to the gradient of ``scale`` only.
-    :return: the shape of ``x``.
-    """
-    return _LSQ.apply(x, scale, low, high, factor)
 
 
 class MultiBitQuantizer(nn.Module):

@@ -1,18 +1,18 @@
 import copy
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nncf_mpq_plugin.quantizer import (
-    SMALLEST_SCALE,
-    MultiBitQuantizer,
-    integer_range,
-    least_error_scale,
-    lsq_quantize,
-)
+from nncf_mpq_plugin import lsq
+from nncf_mpq_plugin.lsq import lsq_quantize
+from nncf_mpq_plugin.quantizer import SMALLEST_SCALE, MultiBitQuantizer, integer_range, least_error_scale
 
 
 def lsq_by_formula(x, scale, low, high, grad, factor):
@@ -25,6 +25,17 @@ def lsq_by_formula(x, scale, low, high, grad, factor):
     return y, grad * inside, grad_scale.sum_to_size(scale.shape)
 
 
+@pytest.fixture(params=["kernel", "tensor operations"])
+def way(request, monkeypatch):
+    """Both ways to compute LSQ: compiled, and what there is without a compiler."""
+    if request.param == "kernel":
+        assert lsq.compiled(), "the kernel does not compile here"
+    else:
+        monkeypatch.setattr(lsq, "compiled", lambda: False)
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (3, 4, 5, 6), (1, 1)], ids=str)
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
@@ -46,6 +57,7 @@ def test_forward_and_gradients_are_those_of_the_paper(shape, per_channel, signed
     torch.testing.assert_close(s.grad, expected[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
 def test_memory_layout_does_not_matter(layout):
     x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -70,12 +82,104 @@ def test_memory_layout_does_not_matter(layout):
     torch.testing.assert_close(results[0][2], results[1][2])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
 def test_gradcheck_on_the_clipped_pieces(per_channel):
     """Where everything is clipped, the output is linear in the scale and constant in x: gradients are true ones."""
     x = torch.tensor([[9.0, -9.0, 12.0], [-20.0, 30.0, 8.0]], dtype=torch.float64, requires_grad=True)
     scale = torch.full((2, 1) if per_channel else (1,), 0.7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, s: lsq_quantize(a, s, -4, 3), (x, scale))
+
+
+def both_ways(x, scale, low, high, grad, monkeypatch):
+    results = []
+    for use_kernel in (True, False):
+        monkeypatch.setattr(lsq, "compiled", lambda use_kernel=use_kernel: use_kernel)
+        a, s = x.detach().requires_grad_(), scale.clone().requires_grad_()
+        y = lsq_quantize(a, s, low, high, 0.1)
+        y.backward(grad)
+        results.append((y.detach(), a.grad, s.grad))
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "scales", "layout"),
+    [
+        ((32, 24, 40, 40), (1,), torch.contiguous_format),
+        ((32, 24, 40, 40), (1,), torch.channels_last),
+        ((64, 300, 3, 3), (64, 1, 1, 1), torch.channels_last),
+        ((3, 70000), (3, 1), torch.contiguous_format),
+        ((48, 1, 3, 3), (48, 1, 1, 1), torch.contiguous_format),
+        ((32, 7, 96), (1,), torch.contiguous_format),
+        ((5, 6, 7), (1, 6, 1), torch.contiguous_format),
+        ((0, 3), (1,), torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_the_kernel_computes_what_tensor_operations_do(shape, scales, layout, dtype, monkeypatch):
+    """Equal bit for bit, but for the order in which the scale's gradient is summed."""
+    assert lsq.compiled()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=dtype)
+    x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
+    scale = 0.1 + torch.rand(scales, generator=generator, dtype=dtype)
+    x.flatten()[: x.numel() // 4].fill_(1.5 * scale.flatten()[0])  # a tie where memory allows a view
+    grad = torch.randn(shape, generator=generator, dtype=dtype)
+    one, other = both_ways(x, scale, -4, 3, grad, monkeypatch)
+    assert torch.equal(one[0], other[0])
+    assert one[0].stride() == other[0].stride()
+    assert torch.equal(one[1], other[1])
+    assert one[2].shape == scale.shape
+    terms = max(1, x.numel() // scale.numel())
+    tolerance = 10 * torch.finfo(dtype).eps * math.sqrt(terms)
+    torch.testing.assert_close(one[2], other[2], rtol=tolerance, atol=tolerance)
+
+
+def test_values_that_are_not_finite_stay_so(monkeypatch):
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
+    one, other = both_ways(x, torch.tensor([0.5]), -4, 3, torch.ones(4), monkeypatch)
+    torch.testing.assert_close(one[0], other[0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(one[1], other[1], rtol=0, atol=0, equal_nan=True)
+    assert math.isnan(one[0][0])
+    assert math.isnan(one[2].item())
+    assert math.isnan(other[2].item())
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads():
+    x = torch.randn(64, 33, 30, 30, generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            scale = torch.tensor([0.2], requires_grad=True)
+            lsq_quantize(x, scale, -8, 7).backward(grad)
+            results.append(scale.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("trouble", ["no compiler", "broken compiler"])
+def test_without_a_compiler_tensor_operations_do_the_work(trouble, tmp_path):
+    """In a process of its own, for the outcome is remembered."""
+    code = (
+        "import logging, torch; logging.basicConfig(); from nncf_mpq_plugin import lsq; assert not lsq.compiled(); "
+        "s = torch.ones(1, requires_grad=True); y = lsq.lsq_quantize(torch.tensor([0.6, 9.0]), s, -4, 3); "
+        "y.sum().backward(); print(y.tolist(), s.grad.item())"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/nowhere"}
+    if trouble == "broken compiler":
+        environment["CXX"] = shutil.which("false") or "/bin/false"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    values, gradient = done.stdout.rsplit(maxsplit=1)
+    assert values == "[1.0, 3.0]"
+    assert float(gradient) == pytest.approx(1 - 0.6 + 3)
+    assert "kernel could not be compiled" in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_straight_through_inside_the_range():
