@@ -79,7 +79,7 @@ def quantize(
     :param joint_training: keys of the config's section of that name, e.g. ``{"epochs": 2}``.
     :param fine_tuning: likewise.
     :param deploy: likewise.
-    :param uniform_baseline: also train the best uniform policy within the budgets.
+    :param uniform_baseline: also train the best uniform policy within the budgets, and measure post-training INT8.
     :param seed: seed of everything random.
     :param device: ``auto``, ``cpu`` or ``cuda``.
     :param restart: remove what an earlier run left in ``output``.

@@ -269,7 +269,8 @@ SCHEMA = _section(
     fine_tuning=_FINE_TUNING,
     uniform_baseline=Key(
         "boolean",
-        "Also fine-tune the best uniform policy within the same budget, for comparison.",
+        "Also measure what to compare with: the best uniform policy within the same budget, fine-tuned alike, and "
+        "NNCF's post-training quantization to INT8.",
         default=True,
     ),
     deploy=_section(

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nncf_mpq_plugin.adapters.nncf3 import NNCFQuantizedModel, freeze, load_model, place, save_model
+from nncf_mpq_plugin.adapters.nncf3 import (
+    NNCFQuantizedModel,
+    freeze,
+    load_model,
+    place,
+    quantize_to_int8,
+    save_model,
+)
 from nncf_mpq_plugin.allocation import BitsConstraint, prepare, search
 from nncf_mpq_plugin.batches import Batches, split_batch
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
@@ -47,7 +54,7 @@ JOINT_MODEL, JOINT_HISTORY = "joint/model.safetensors", "joint/history.json"
 JOINT_SCALES = "joint/scales.json"
 IMPORTANCE, POLICY, UNIFORM_POLICY = "importance.json", "policy.json", "uniform_policy.json"
 MODEL, MODEL_CONFIG, MODEL_METRICS = "model/model.safetensors", "model/nncf_config.json", "model/metrics.json"
-UNIFORM_METRICS = "uniform/metrics.json"
+UNIFORM_METRICS, INT8_METRICS = "uniform/metrics.json", "int8/metrics.json"
 ONNX, IR, IR_WEIGHTS = "deploy/model.onnx", "deploy/model.xml", "deploy/model.bin"
 VERIFICATION, SUMMARY = "verify.json", "summary.json"
 MODEL_HISTORY, UNIFORM_HISTORY = "model/history.json", "uniform/history.json"
@@ -344,6 +351,11 @@ class Pipeline:
         write_json(self.folder.file(UNIFORM_HISTORY), history.to_json())
         write_json(self.folder.file(UNIFORM_METRICS), self._evaluate(frozen))
 
+    def measure_int8(self) -> None:
+        """Quantize to 8 bits as NNCF does after training, for comparison."""
+        quantized = quantize_to_int8(self.float_model(), self.calibration(), self.folder.config.ignored_scopes)
+        write_json(self.folder.file(INT8_METRICS), self._evaluate(quantized))
+
     def export(self) -> None:
         """Write the deployable files."""
         from nncf_mpq_plugin.deploy import export
@@ -373,7 +385,7 @@ class Pipeline:
 
     def summarize(self) -> None:
         """Write summary.json."""
-        metrics = {"float": FLOAT_METRICS, "mixed": MODEL_METRICS, "uniform": UNIFORM_METRICS}
+        metrics = {"float": FLOAT_METRICS, "int8": INT8_METRICS, "uniform": UNIFORM_METRICS, "mixed": MODEL_METRICS}
         uniform_policy = self.folder.file(UNIFORM_POLICY)
         summary = summarize(
             ImportanceTable.load(self.folder.file(IMPORTANCE)),
@@ -517,6 +529,14 @@ STAGES: Mapping[str, Stage] = {
         (UNIFORM_METRICS, UNIFORM_HISTORY),
         wanted=lambda folder: folder.config.uniform_baseline and folder.file(UNIFORM_POLICY).exists(),
     ),
+    "int8": Stage(
+        "Post-training quantization to INT8",
+        "run",
+        Pipeline.measure_int8,
+        (FLOAT_MODEL,),
+        (INT8_METRICS,),
+        wanted=lambda folder: folder.config.uniform_baseline,
+    ),
     "export": Stage("Export", "export", Pipeline.export, (MODEL, MODEL_CONFIG), (ONNX, IR, IR_WEIGHTS)),
     "verify": Stage("Verification", "verify", Pipeline.verify, (MODEL, ONNX, IR, IR_WEIGHTS), (VERIFICATION,)),
     "summary": Stage(
@@ -525,7 +545,7 @@ STAGES: Mapping[str, Stage] = {
         Pipeline.summarize,
         (IMPORTANCE, POLICY, FLOAT_METRICS, MODEL_METRICS, VERIFICATION),
         (SUMMARY,),
-        optional=(UNIFORM_METRICS, UNIFORM_POLICY),
+        optional=(INT8_METRICS, UNIFORM_METRICS, UNIFORM_POLICY),
     ),
     "report": Stage(
         "Report",

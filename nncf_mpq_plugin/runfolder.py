@@ -142,8 +142,8 @@ class RunFolder:
 
 
 RESULTS = (
-    *("float", "joint", "importance.json", "policy.json", "uniform_policy.json", "uniform", "model", "deploy"),
-    *("verify.json", "benchmark.json", "report.html", "summary.json"),
+    *("float", "joint", "importance.json", "policy.json", "uniform_policy.json", "uniform", "int8", "model"),
+    *("deploy", "verify.json", "benchmark.json", "report.html", "summary.json"),
 )
 RECORDS = ("log.txt", "state", "versions.json", "config.json")
 

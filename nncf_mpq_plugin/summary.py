@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nncf_mpq_plugin.costs import FLOAT_BITS, total_bitops, weight_bits
+from nncf_mpq_plugin.costs import FLOAT_BITS, INT8, total_bitops, weight_bits
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.types import SCHEMA_VERSION, ImportanceTable, LayerBits, LayerCost, Policy
 
@@ -61,6 +61,19 @@ def totals(table: ImportanceTable, policy: Policy) -> dict[str, Any]:
     }
 
 
+def compare(table: ImportanceTable, policy: Policy, uniform: Policy | None) -> dict[str, dict[str, Any]]:
+    """
+    :param uniform: the uniform policy within the same budget, where there is one.
+    :return: ``float``, ``int8``, ``uniform`` and ``mixed`` -> :func:`totals`.
+    """
+
+    def same(bits: int) -> Policy:
+        return Policy({cost.name: LayerBits(bits, bits) for cost in _costs(table)})
+
+    policies = {"float": same(FLOAT_BITS), "int8": same(INT8), "uniform": uniform, "mixed": policy}
+    return {name: totals(table, found) for name, found in policies.items() if found is not None}
+
+
 def summarize(
     table: ImportanceTable,
     policy: Policy,
@@ -70,17 +83,12 @@ def summarize(
 ) -> dict[str, Any]:
     """
     :param uniform: the uniform policy within the same budget, where there is one.
-    :param metrics: ``float``, ``mixed`` and, where it was trained, ``uniform`` -> accuracy, loss, samples.
+    :param metrics: ``float``, ``mixed`` and, where they were measured, ``int8`` and ``uniform`` -> accuracy, loss,
+        samples.
     :param verification: content of verify.json.
     :return: a JSON-serialisable object.
     """
-    floating = {layer.cost.name: LayerBits(FLOAT_BITS, FLOAT_BITS) for layer in table.layers}
-    floating_fixed = {layer.cost.name: LayerBits(FLOAT_BITS, FLOAT_BITS) for layer in table.fixed_layers}
-    entries = {
-        "float": totals(table, Policy(floating, floating_fixed)),
-        **({"uniform": totals(table, uniform)} if uniform else {}),
-        "mixed": totals(table, policy),
-    }
+    entries = compare(table, policy, uniform)
     return {
         "schema_version": SCHEMA_VERSION,
         "model": table.model,

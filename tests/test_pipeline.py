@@ -71,7 +71,7 @@ def test_the_summary_agrees_with_policy_table_and_budget(finished: Path) -> None
     summary, policy = read_json(finished / "summary.json"), Policy.load(finished / "policy.json")
     table = ImportanceTable.load(finished / "importance.json")
     results = summary["results"]
-    assert set(results) == {"float", "uniform", "mixed"}
+    assert set(results) == {"float", "int8", "uniform", "mixed"}
     assert results["mixed"]["bitops"] <= results["uniform"]["bitops"] == 16 * sum(x.cost.macs for x in table.layers)
     assert results["float"]["compression_ratio"] == 1
     assert results["mixed"]["compression_ratio"] > 4
@@ -123,7 +123,7 @@ def test_an_edited_policy_is_trained_exported_and_verified_anew(run_copy: Path) 
     lines: list[str] = []
     pipeline_of(run_copy, lines).run()
     done = {line.split(":")[0] for line in lines if line.endswith("done already")}
-    assert done == {STAGES[name].title for name in ("float", "importance", "search", "uniform")}
+    assert done == {STAGES[name].title for name in ("float", "importance", "search", "uniform", "int8")}
     after = digests(run_copy)
     assert after["model/model.safetensors"] != before["model/model.safetensors"]
     assert after["float/model.safetensors"] == before["float/model.safetensors"]
@@ -301,7 +301,7 @@ def test_quantize_takes_a_model_loaders_and_a_loss(finished: Path, tmp_path: Pat
     assert calls
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert set(result.policy.layers) >= {"body.blocks.0.conv1"}
-    assert set(result.summary["results"]) == {"float", "uniform", "mixed"}
+    assert set(result.summary["results"]) == {"float", "int8", "uniform", "mixed"}
     assert (result.folder / "deploy" / "model.xml").exists()
     inputs = split_batch(next(iter(data.validation)))[0]
     assert result.model(inputs).shape == (len(inputs), 10)

@@ -317,19 +317,21 @@ def replaced_quantizers(frozen: nn.Module, replacements: Mapping[str, nn.Module]
             _replace_hook(storage, name, module)
 
 
-def quantize_to_int8(model: Any, calibration: Sequence[Any]) -> Any:
+def quantize_to_int8(model: Any, calibration: Sequence[Any], ignored_scopes: Sequence[str] = ()) -> Any:
     """
     NNCF's post-training quantization at its defaults: the uniform INT8 model to compare with.
 
     :param model: a torch module or an OpenVINO model.
     :param calibration: inputs, as the model takes them.
+    :param ignored_scopes: as for :func:`place`, of a torch module.
     :return: a quantized model of the same kind.
     """
+    options = {"subset_size": len(calibration), "ignored_scope": _ignored_scope(ignored_scopes)}
     with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bar
-        return nncf.quantize(model, nncf.Dataset(list(calibration)), subset_size=len(calibration))
+        return nncf.quantize(model, nncf.Dataset(list(calibration)), **options)
 
 
-def _quantize_by_nncf(model: nn.Module, calibration: Sequence[Tensor], ignored_scopes: Sequence[str]) -> nn.Module:
+def _ignored_scope(ignored_scopes: Sequence[str]) -> nncf.IgnoredScope | None:
     names, patterns = [], []
     for scope in ignored_scopes:
         if scope.startswith("{re}"):
@@ -338,6 +340,10 @@ def _quantize_by_nncf(model: nn.Module, calibration: Sequence[Tensor], ignored_s
             names.append(scope)
         else:
             patterns.append(fnmatch.translate(scope.replace(".", "/") + "/*").removesuffix("\\Z").removesuffix("\\z"))
+    return nncf.IgnoredScope(names=names, patterns=patterns) if names or patterns else None
+
+
+def _quantize_by_nncf(model: nn.Module, calibration: Sequence[Tensor], ignored_scopes: Sequence[str]) -> nn.Module:
     try:
         with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its progress bar
             return nncf.quantize(
@@ -345,7 +351,7 @@ def _quantize_by_nncf(model: nn.Module, calibration: Sequence[Tensor], ignored_s
                 nncf.Dataset(list(calibration)),
                 subset_size=len(calibration),
                 preset=nncf.QuantizationPreset.PERFORMANCE,
-                ignored_scope=nncf.IgnoredScope(names=names, patterns=patterns) if names or patterns else None,
+                ignored_scope=_ignored_scope(ignored_scopes),
                 advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
             )
     except Exception as error:

@@ -44,8 +44,8 @@ svg text { font-family: inherit; }
 svg .tip:hover { opacity: 0.6; }
 table { border-collapse: collapse; font-size: 0.9rem; margin: 8px 0; }
 th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
 tbody tr.chosen { font-weight: 600; }
 pre { overflow-x: auto; font-size: 0.8rem; background: var(--card); border: 1px solid var(--line); padding: 12px; }
 summary { cursor: pointer; padding: 4px 0; }

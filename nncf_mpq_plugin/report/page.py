@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nncf_mpq_plugin.costs import FLOAT_BITS, INT8
 from nncf_mpq_plugin.report import figures, html
 from nncf_mpq_plugin.report.contents import Contents
 from nncf_mpq_plugin.report.tradeoff import BITOPS, curves
-from nncf_mpq_plugin.summary import totals
+from nncf_mpq_plugin.summary import compare
 from nncf_mpq_plugin.tables import quantity
-from nncf_mpq_plugin.types import LayerBits, Policy, write_text_atomically
+from nncf_mpq_plugin.types import write_text_atomically
 
 FILE = "report.html"
 Results = Mapping[str, Mapping[str, Any]]
@@ -54,19 +53,9 @@ def render(contents: Contents) -> str:
 
 def _results(contents: Contents) -> Results:
     """:return: FP32, INT8, uniform and mixed, with accuracies as far as they were measured."""
-    table, every = contents.table, [layer.cost.name for layer in contents.table.layers]
-    fixed = [layer.cost.name for layer in table.fixed_layers]
-
-    def same(bits: int) -> Policy:
-        return Policy(dict.fromkeys(every, LayerBits(bits, bits)), dict.fromkeys(fixed, LayerBits(bits, bits)))
-
-    policies = {"float": same(FLOAT_BITS), "int8": same(INT8), "uniform": contents.uniform, "mixed": contents.policy}
     measured = contents.summary["results"] if contents.summary else {}
-    return {
-        name: {**measured.get(name, {}), **totals(table, policy)}
-        for name, policy in policies.items()
-        if policy is not None
-    }
+    found = compare(contents.table, contents.policy, contents.uniform)
+    return {name: {**measured.get(name, {}), **entry} for name, entry in found.items()}
 
 
 def _result_section(contents: Contents, results: Results) -> list[str]:
@@ -96,7 +85,8 @@ def _result_section(contents: Contents, results: Results) -> list[str]:
     headings = ("", "accuracy", "loss", "weight bits", "activation bits", "BitOps", "weights", "compression")
     result = [html.tiles(values), html.heading("Result"), html.table(headings, rows, "mixed")]
     if "uniform" in results:
-        result.append(html.paragraph("Uniform: the best single pair of bit widths within the same budget.", "note"))
+        text = "INT8: NNCF's post-training quantization. Uniform: the best single pair of bit widths within the budget."
+        result.append(html.paragraph(text, "note"))
     budgets = contents.policy.summary.get("budgets", {})
     if budgets:
         cells = [(name, f"{b['requested']:.6g}", f"{b['achieved']:.6g}") for name, b in budgets.items()]
