@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nncf_mpq_plugin.report.svg import colour, depth_colour, style, tip, to_svg
-from nncf_mpq_plugin.report.tradeoff import BITOPS, Curve
+from nncf_mpq_plugin.report.tradeoff import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from nncf_mpq_plugin.types import ImportanceTable, Policy
 
 WIDTH, HEIGHT = 5.0, 3.3  # inches; 72 units each, and a phone has about 360
+VARIED_NAMES = {
+    "bitops_ratio": "BitOps relative to INT8",
+    "compression_ratio": "compression of the weights (FP32 = 1)",
+    "latency_ratio": "latency relative to INT8, by the measured table",
+}
 POLICY_NAMES = {"float": "FP32", "int8": "INT8", "uniform": "uniform", "mixed": "mixed"}
 
 
@@ -100,7 +105,7 @@ def tradeoff_figure(curve: Curve, index: int) -> str:
     """:return: the optimum's objective over one budget, and where the run's policies lie, as an ``<svg>`` element."""
     from matplotlib.figure import Figure
 
-    label = "BitOps relative to INT8" if curve.vary == BITOPS else "compression of the weights (FP32 = 1)"
+    label = VARIED_NAMES[curve.vary]
     with style():
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()

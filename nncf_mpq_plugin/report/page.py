@@ -8,7 +8,7 @@ from typing import Any
 
 from nncf_mpq_plugin.report import figures, html
 from nncf_mpq_plugin.report.contents import Contents
-from nncf_mpq_plugin.report.tradeoff import BITOPS, curves
+from nncf_mpq_plugin.report.tradeoff import curves
 from nncf_mpq_plugin.summary import compare
 from nncf_mpq_plugin.tables import quantity
 from nncf_mpq_plugin.types import write_text_atomically
@@ -158,7 +158,7 @@ def _tradeoff_section(contents: Contents) -> list[str]:
         "training to find."
     )
     notes = [
-        f"At every {'number of BitOps' if curve.vary == BITOPS else 'compression'}, the run's {kept} is kept."
+        f"Over {figures.VARIED_NAMES[curve.vary]}, the run's {kept} is kept."
         for curve in found
         if (kept := " and ".join(curve.others.to_json()))
     ]
@@ -167,7 +167,7 @@ def _tradeoff_section(contents: Contents) -> list[str]:
         html.heading("Other budgets"),
         html.paragraph(" ".join((text, *notes))),
         html.figures(drawings),
-        html.hint("To choose another:", f"nncf-mpq search {contents.folder.path} --bitops-ratio 0.2"),
+        html.hint("To choose another:", f"nncf-mpq pareto {contents.folder.path}"),
     ]
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from nncf_mpq_plugin.allocation import achieved_by, objective_of, pareto, prepare
+from nncf_mpq_plugin.allocation import BitsConstraint, achieved_by, objective_of, pareto, prepare
+from nncf_mpq_plugin.costs import LatencyTable
 from nncf_mpq_plugin.errors import InfeasibleBudgetError
 from nncf_mpq_plugin.report.contents import Contents
-from nncf_mpq_plugin.types import Budget, Policy
+from nncf_mpq_plugin.types import Budget
 
 POINTS = 24
-BITOPS, SIZE = "bitops_ratio", "compression_ratio"
+VARIED = {
+    "bitops_ratio": ("bitops", "bitops_ratio"),
+    "compression_ratio": ("compression_ratio", "model_size_bytes"),
+    "latency_ratio": ("latency_ratio",),
+}
+"""What a curve goes over -> the budgets that it takes the place of."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Point:
 @dataclass(frozen=True)
 class Curve:
     """
-    :param vary: the budget that varies: ``bitops_ratio`` or ``compression_ratio``.
+    :param vary: the budget that varies, a key of :data:`VARIED`.
     :param others: budgets of the run that are kept at every point.
     :param points: optima.
     :param policies: ``mixed`` and ``uniform`` -> where they lie; a policy with a choice that was banned has no place.
@@ -41,46 +48,43 @@ class Curve:
 
 
 def curves(contents: Contents) -> list[Curve]:
-    """:return: one curve for each kind of budget (BitOps, weight size) that the run has."""
+    """:return: one curve for each kind of budget (BitOps, size of the weights, latency) that the run has."""
     budget = contents.folder.config.budget
     average = budget.average_bits
-    whole = average is not None and None not in (average.weight, average.activation)
-    without_latency = replace(budget, latency_ratio=None)
-    result = []
-    if whole or budget.bitops or budget.bitops_ratio:
-        others = replace(without_latency, bitops=None, bitops_ratio=None)
-        result.append(_curve(contents, BITOPS, replace(others, average_bits=None) if whole else others))
-    if (average and not whole and average.weight) or budget.compression_ratio or budget.model_size_bytes:
-        others = replace(without_latency, compression_ratio=None, model_size_bytes=None)
-        result.append(_curve(contents, SIZE, others if whole else replace(others, average_bits=None)))
-    return [curve for curve in result if curve is not None]
+    of_average = ""
+    if average is not None and average.weight is not None:
+        of_average = "compression_ratio" if average.activation is None else "bitops_ratio"
+    found = []
+    for vary, names in VARIED.items():
+        if of_average == vary or any(getattr(budget, name) is not None for name in names):
+            without: dict[str, Any] = dict.fromkeys(names)
+            if of_average == vary:
+                without["average_bits"] = None
+            found.append(_curve(contents, vary, replace(budget, **without)))
+    return [curve for curve in found if curve is not None]
 
 
 def _curve(contents: Contents, vary: str, others: Budget) -> Curve | None:
     config, table = contents.folder.config, contents.table
-    alpha = contents.policy.summary.get("alpha", config.alpha)
-    rule = config.out_of_order
+    options: dict[str, Any] = {
+        "alpha": contents.policy.summary.get("alpha", config.alpha),
+        "out_of_order": config.out_of_order,
+        "latency": None if config.latency_table is None else LatencyTable.load(config.latency_table),
+    }
+    constraints = tuple(BitsConstraint(**limits) for limits in config.constraints)
     try:
-        sweep = pareto(table, vary, others, points=POINTS, alpha=alpha, out_of_order=rule)
+        sweep = pareto(table, vary, others, points=POINTS, constraints=constraints, **options)
     except InfeasibleBudgetError:  # the other budgets have been changed since
         return None
     points = tuple(Point(point.budgets[vary]["achieved"], point.objective) for point in sweep.points)
-    loose = Budget(bitops_ratio=1.0) if vary == BITOPS else Budget(compression_ratio=1e-6)
-    ordered = prepare(table, loose, alpha=alpha, out_of_order=rule)
-
-    def place(policy: Policy) -> Point:
-        limit = ordered.limits[0]
-        value = limit.achieved(achieved_by(ordered.table, ordered.limits, policy.layers)[vary])
-        return Point(value, objective_of(ordered.table, policy.layers, ordered.alpha))
-
+    limits: dict[str, Any] = {vary: 1.0}
+    free = prepare(table, Budget(**limits), **options)
     found = {"mixed": contents.policy, **({"uniform": contents.uniform} if contents.uniform else {})}
-    known = {layer.cost.name: layer for layer in ordered.table.layers}
-    places = {
-        name: place(policy)
-        for name, policy in found.items()
-        if all(
-            bits.weight in known[layer].weight and bits.activation in known[layer].activation
-            for layer, bits in policy.layers.items()
-        )
-    }
+    known = {layer.cost.name: layer for layer in free.table.layers}
+    places = {}
+    for name, policy in found.items():
+        bits = policy.layers
+        if all(bits[n].weight in layer.weight and bits[n].activation in layer.activation for n, layer in known.items()):
+            value = free.limits[0].achieved(achieved_by(free.table, free.limits, bits)[vary])
+            places[name] = Point(value, objective_of(free.table, bits, free.alpha))
     return Curve(vary, others, points, places)
