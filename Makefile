@@ -2,16 +2,19 @@ VENV ?= .venv
 PYTHON ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LEGACY_VENV ?= .venv-legacy
+LEGACY_INSTALLED := $(LEGACY_VENV)/.installed
 
 # NNCF's compiled extension belongs to the environment that it was compiled with
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: help demo test test-slow check audit style docs clean
+.PHONY: help demo test test-slow test-legacy check audit style docs clean
 
 help:
 	@echo "make demo       quantize a small network on digits, everything from training to the deployed files"
 	@echo "make test       quick tests"
 	@echo "make test-slow  tests that train for real"
+	@echo "make test-legacy  tests with NNCF 2.19, in an environment of their own ($(LEGACY_VENV))"
 	@echo "make check      ruff, mypy, and whether docs/config.md is up to date"
 	@echo "make audit      known vulnerabilities of the installed dependencies (needs the network)"
 	@echo "make style      format the sources"
@@ -31,6 +34,15 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
 
+$(LEGACY_INSTALLED): pyproject.toml .ci/install-legacy
+	PYTHON="$(PYTHON)" .ci/install-legacy $(LEGACY_VENV)
+	@touch $@
+
+test-legacy: export TORCH_EXTENSIONS_DIR = $(abspath $(LEGACY_VENV))/torch_extensions
+test-legacy: export NNCF_TORCH_LEGACY_TRACING = 1
+test-legacy: $(LEGACY_INSTALLED)
+	$(LEGACY_VENV)/bin/python -m pytest -q tests/legacy
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,4 +61,4 @@ docs: $(INSTALLED)
 	$(BIN)/nncf-mpq config docs > docs/config.md
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LEGACY_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,8 @@ What an adapter hands to training: a model with quantizers in place, and the map
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,3 +112,25 @@ class QuantizedModel:
             {name: bits for name, bits in chosen.items() if name not in fixed},
             {name: bits for name, bits in chosen.items() if name in fixed},
         )
+
+
+def resolve_fixed(names: Sequence[str], fixed_bits: Mapping[str, int]) -> dict[str, int]:
+    """
+    Which layers are not searched.
+
+    :param names: the layers in the model's order.
+    :param fixed_bits: ``first``, ``last``, a layer's name or a pattern (``*`` and ``?``) -> bit width.
+    :return: layer name -> fixed bit width.
+    :raises InputError: if a pattern fits no layer.
+    """
+    fixed: dict[str, int] = {}
+    for pattern, width in fixed_bits.items():
+        if pattern in ("first", "last"):
+            matching = [names[0 if pattern == "first" else -1]] if names else []
+        else:
+            matching = fnmatch.filter(names, pattern)
+        if not matching:
+            msg = f"fixed_bits: {pattern!r} fits no layer. The layers are {', '.join(names[:8]) or 'none'}, ..."
+            raise InputError(msg)
+        fixed.update(dict.fromkeys(matching, width))
+    return fixed

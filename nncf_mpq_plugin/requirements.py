@@ -23,6 +23,19 @@ SUPPORTED: Mapping[str, tuple[str, str]] = {
 }
 """Package -> oldest version that is supported, and oldest that no longer is."""
 
+LEGACY_NNCF = ("2.19", "2.20")
+"""NNCF for ``adapters/nncf2.py``; everything else needs that of :data:`SUPPORTED`."""
+
+
+def supported_here() -> dict[str, tuple[str, str]]:
+    """:return: :data:`SUPPORTED`, with NNCF 2.19 where that is installed."""
+    try:
+        release = _release(importlib.metadata.version("nncf"))
+    except importlib.metadata.PackageNotFoundError:
+        release = ()
+    legacy = _release(LEGACY_NNCF[0]) <= release < _release(LEGACY_NNCF[1])
+    return {**SUPPORTED, **({"nncf": LEGACY_NNCF} if legacy else {})}
+
 
 def check_versions(supported: Mapping[str, tuple[str, str]] = SUPPORTED) -> None:
     """

@@ -42,9 +42,12 @@ from nncf_mpq_plugin.adapters.plan import (
 )
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 from nncf_mpq_plugin.files import written_atomically
-from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel
+from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel, resolve_fixed
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer, quantizers_of
+from nncf_mpq_plugin.requirements import check_versions
 from nncf_mpq_plugin.types import LayerBits, LayerCost, read_json, write_json
+
+check_versions()  # adapters/__init__.py lets NNCF 2.19 pass
 
 # NNCF compiles a CPU extension on first use and gives up after 60 s, which a busy machine exceeds
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")
@@ -152,7 +155,7 @@ def place(
     if not costs:
         msg = "NNCF finds no layer to quantize in the model (convolution or linear with a weight), or all are ignored."
         raise UnsupportedModelError(msg)
-    fixed = _resolve_fixed(list(costs), fixed_bits)
+    fixed = resolve_fixed(list(costs), fixed_bits)
     plan = make_plan(ops, signs, {sites[name].op: width for name, width in fixed.items()}, target)
 
     storage = get_hook_storage(quantized)
@@ -472,21 +475,6 @@ def _is_foldable(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
-
-
-def _resolve_fixed(names: Sequence[str], fixed_bits: Mapping[str, int]) -> dict[str, int]:
-    """:return: layer name -> fixed bit width."""
-    fixed: dict[str, int] = {}
-    for pattern, width in fixed_bits.items():
-        if pattern in ("first", "last"):
-            matching = [names[0 if pattern == "first" else -1]] if names else []
-        else:
-            matching = fnmatch.filter(names, pattern)
-        if not matching:
-            msg = f"fixed_bits: {pattern!r} fits no layer. The layers are {', '.join(names[:8]) or 'none'}, ..."
-            raise InputError(msg)
-        fixed.update(dict.fromkeys(matching, width))
-    return fixed
 
 
 def _make_gammas_positive(model: nn.Module, sites: Sequence[LayerSite]) -> tuple[nn.Parameter, ...]:

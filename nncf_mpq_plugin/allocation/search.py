@@ -139,15 +139,20 @@ def search(
 
 def prepare(
     table: ImportanceTable,
-    budget: Budget,
+    budget: Budget | None,
     *,
     alpha: float | None = None,
     out_of_order: str = "ban",
     constraints: Sequence[BitsConstraint] = (),
     weight_only: bool = False,
     latency: LatencyTable | None = None,
+    further_limits: Sequence[Limit] = (),
 ) -> Prepared:
-    """:return: the program for arguments as :func:`search` takes them, which also says what it raises."""
+    """
+    :param budget: None where ``further_limits`` are all there are.
+    :param further_limits: limits beside the budget's.
+    :return: the program for arguments as :func:`search` takes them, which also says what it raises.
+    """
     alpha = table.default_alpha if alpha is None else alpha
     if not (np.isfinite(alpha) and alpha >= 0):
         msg = f"alpha: must be a finite number of at least 0, got {alpha}."
@@ -163,7 +168,7 @@ def prepare(
         ordered = replace(ordered, layers=layers)
         constraints = [constraint for constraint in constraints if constraint.tensor != "activation"]
         constraints = [replace(constraint, tensor="weight") for constraint in constraints]
-    limits = limits_of(table, budget, latency)
+    limits = (*(limits_of(table, budget, latency) if budget is not None else ()), *further_limits)
     problem = _problem(ordered, activation_bits, limits, alpha, constraints)
     return Prepared(ordered, corrections, limits, tuple(constraints), alpha, problem, activation_bits)
 
