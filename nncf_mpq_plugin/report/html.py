@@ -38,7 +38,7 @@ p { margin: 8px 0; max-width: 75ch; }
 figure { margin: 12px 0; min-width: 0; }
 .figures figure { margin: 0; }
 .scroll { overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; max-width: calc(1.5px * var(--width)); margin: 0 auto; }
+svg { display: block; width: 100%; height: auto; max-width: calc(1.5px * var(--width)); margin: 0; }
 svg text { font-family: inherit; }
 .wide svg { min-width: calc(0.9px * var(--width)); }
 svg .tip:hover { opacity: 0.6; }
@@ -47,6 +47,7 @@ th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--li
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
 tbody tr.chosen { font-weight: 600; }
+.words th, .words td { text-align: left; white-space: normal; overflow-wrap: break-word; }
 pre { overflow-x: auto; font-size: 0.8rem; background: var(--card); border: 1px solid var(--line); padding: 12px; }
 summary { cursor: pointer; padding: 4px 0; }
 code { font-size: 0.9em; overflow-wrap: anywhere; }
@@ -111,17 +112,18 @@ def wide_figure(drawing: str) -> str:
     return f'<figure class="wide"><div class="scroll">{drawing}</div></figure>'
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], chosen: str = "") -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, chosen: str = "", kind: str = "") -> str:
     """
     :param rows: the first entry of each is its name.
     :param chosen: name of the row to stress.
+    :param kind: ``words`` for cells that are no numbers.
     """
     head = "".join(f"<th>{escape(text)}</th>" for text in headings)
     body = "".join(
         f"<tr{_class('chosen' if row[0] == chosen else '')}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table{_class(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def folded(name: str, content: str) -> str:

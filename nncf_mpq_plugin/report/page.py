@@ -45,7 +45,7 @@ def render(contents: Contents) -> str:
         *_training_section(contents),
         *_deployment_section(contents),
         html.heading("Made with"),
-        *([html.table(("", "version"), list(contents.versions.items()))] if contents.versions else []),
+        *([html.table(("", "version"), list(contents.versions.items()), kind="words")] if contents.versions else []),
         html.folded("The complete config", html.as_json(config.to_json())),
     ]
     return html.page(f"{name}: mixed-precision quantization", body)
@@ -83,7 +83,7 @@ def _result_section(contents: Contents, results: Results) -> list[str]:
         for name, row in results.items()
     ]
     headings = ("", "accuracy", "loss", "weight bits", "activation bits", "BitOps", "weights", "compression")
-    result = [html.tiles(values), html.heading("Result"), html.table(headings, rows, "mixed")]
+    result = [html.tiles(values), html.heading("Result"), html.table(headings, rows, chosen="mixed")]
     if "uniform" in results:
         text = "INT8: NNCF's post-training quantization. Uniform: the best single pair of bit widths within the budget."
         result.append(html.paragraph(text, "note"))
@@ -236,6 +236,6 @@ def _benchmark(report: Mapping[str, Any]) -> list[str]:
     text = f"One inference on {report['cpu']}, {report['threads']} threads, input {shape}:"
     return [
         html.paragraph(text),
-        html.table(headings, rows, "mixed"),
+        html.table(headings, rows, chosen="mixed"),
         html.figures([figures.latency_figure(models)]),
     ]
