@@ -49,8 +49,9 @@ def layers_figure(rows: Sequence[Mapping[str, Any]]) -> str:
         above.set_ylim(-9.4, 9.4)
         above.set_yticks([-8, -6, -4, -2, 0, 2, 4, 6, 8], labels=[str(abs(n)) for n in range(-8, 9, 2)])
         above.set_ylabel("bits")
-        above.set_title("weights up", loc="left", color=colour("weight"), fontsize=10)
-        above.set_title("activations down", loc="right", color=colour("activation"), fontsize=10)
+        for offset, words, part in ((0, "weights up", "weight"), (70, "activations down", "activation")):
+            where: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+            above.annotate(words, (0, 1), xytext=(offset, 6), color=colour(part), **where)
         for axes, values, label, part in (
             (middle, [100 * row["bitops_share"] for row in rows], "% of\nBitOps", "other"),
             (below, [100 * row["bytes"] / stored for row in rows], "% of\nbytes", "weight"),
