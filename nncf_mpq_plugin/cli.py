@@ -128,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     added = command("benchmark", _benchmark, description, run=RUN_HELP, json_help="print benchmark.json")
     added.add_argument("--seconds", type=float, default=3.0, metavar="N", help="measuring time of each model (3)")
     added.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each inference (2)")
+    description = "How settled the learned scales of a run are, and whether another run (seed) orders them alike."
+    added = command("stability", _stability, description, json_help="print the figures and every curve")
+    added.add_argument("run", metavar="RUN", help="the folder of a run whose joint training is done")
+    added.add_argument("--other", metavar="RUN", help="the folder of the same run with another seed")
     description = "Write report.html, one page that shows the run as far as it has come."
     command("report", _report, description).add_argument("run", metavar="RUN", help="the folder of a run")
     description = "Check a config, or print what it may hold."
@@ -353,6 +357,40 @@ def _benchmark(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     for name, reason in report["left_out"].items():
         out.print(f"{name}: could not be made ({reason})", highlight=False, markup=False)
     return report
+
+
+def _stability(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    from nncf_mpq_plugin.stability import indicators_at, rank_agreement, stability
+
+    def trained(run: str) -> dict[str, Any]:
+        path = Path(run) / "joint" / "history.json"
+        if not path.exists():
+            msg = f"{path}: there is no such file. Train first: nncf-mpq train-importance {run}"
+            raise InputError(msg)
+        value: dict[str, Any] = read_json(path)
+        return value
+
+    value = trained(options.run)
+    history = value["history"]
+    if len(history["steps"]) < 2:
+        msg = f"{options.run}: joint training has taken no step, so there is no order to look at."
+        raise InputError(msg)
+    report = stability(history["steps"], history["scales"], value.get("steps_per_epoch", 0))
+    agreements = {} if report.first_epoch is None else {"first epoch": report.first_epoch.to_json()}
+    if options.other:
+        others = indicators_at(trained(options.other)["history"]["scales"])
+        agreements["other run"] = rank_agreement(indicators_at(history["scales"]), others).to_json()
+    out = _quiet_for_json(options, out)
+    if agreements:
+        out.print(tables.agreement_table(agreements))
+    out.print(
+        f"Order within 0.95 of the final one from step {report.settled_at} of {report.steps[-1]} on; "
+        f"{len(report.out_of_order)} of {report.indicators} indicators out of order"
+        f"{': ' + ', '.join(report.out_of_order) if report.out_of_order else ''}; largest change in the last tenth "
+        f"{report.change:.1%}",
+        highlight=False,
+    )
+    return {"stability": report.to_json(), "agreement": agreements, "curves": history["scales"]}
 
 
 def _report(options: argparse.Namespace, out: Console) -> None:

@@ -79,6 +79,12 @@ _JOINT = _section(
         choices=("switched", "shared", "frozen"),
     ),
     train_weights=Key("boolean", "false trains scales, biases and batch norm only.", default=True),
+    early_stop=_optional_number(
+        "End when the mean rank correlation of the learned scales with those a fifth of the training earlier reaches "
+        "this, e.g. 0.99; null trains to the end.",
+        above=0,
+        maximum=1,
+    ),
     **_SHARED_TRAINING,
 )
 

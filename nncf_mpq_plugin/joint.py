@@ -24,6 +24,7 @@ from nncf_mpq_plugin.batches import Batches, derived_seed
 from nncf_mpq_plugin.errors import ConfigError
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer, quantizers_by_scale
 from nncf_mpq_plugin.placement import QuantizedModel
+from nncf_mpq_plugin.stability import settled_agreement
 from nncf_mpq_plugin.training import (
     BatchNormStatistics,
     LossFunction,
@@ -64,6 +65,8 @@ class JointConfig:
         read.
     :param train_weights: False keeps weights as they are and trains scales, biases and batch norm (published option
         ``freeze_weights``). Published: True.
+    :param early_stop: the training ends when the mean rank correlation of the indicators with those a fifth of the
+        planned training earlier reaches this; None trains to the end (published). See stability.py.
     :param seed: decides the data order, the samples used and the random bit widths.
     """
 
@@ -82,6 +85,7 @@ class JointConfig:
     distillation: float = 0.0
     label_free: bool = False
     train_weights: bool = True
+    early_stop: float | None = None
     seed: int = 0
 
 
@@ -91,20 +95,29 @@ class JointResult:
     :param history: losses per pass and scales per bit width over the training.
     :param steps: optimizer steps taken.
     :param seconds: how long this call took (less than the whole training after a resume).
+    :param steps_per_epoch: steps of one epoch; 0 in files of earlier versions.
     """
 
     history: History
     steps: int
     seconds: float
+    steps_per_epoch: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """:return: a JSON-serialisable object."""
-        return {"history": self.history.to_json(), "steps": self.steps, "seconds": self.seconds}
+        return {
+            "history": self.history.to_json(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
 
     @classmethod
     def from_json(cls, value: Any) -> JointResult:
         """:param value: what :meth:`to_json` gave."""
-        return cls(History.from_json(value["history"]), value["steps"], value["seconds"])
+        return cls(
+            History.from_json(value["history"]), value["steps"], value["seconds"], value.get("steps_per_epoch", 0)
+        )
 
 
 def train_jointly(
@@ -189,6 +202,16 @@ def train_jointly(
             losses[str(bits)] = loss.detach()
         return losses
 
+    def settled(history: History) -> bool:
+        if config.early_stop is None:
+            return False
+        planned = min(Loop.records, config.epochs * len(batches))
+        agreement = settled_agreement(history.scales, planned)
+        if agreement is None:
+            return False
+        history.scores.setdefault("rank_correlation", []).append(agreement)
+        return agreement >= config.early_stop
+
     with _training_mode(quantized, config):
         optimizer = make_optimizer(
             quantized,
@@ -213,6 +236,7 @@ def train_jointly(
             state_dir=state_dir,
             save_every=save_every,
             progress=progress,
+            settled=settled,
             select=select,
         )
         try:
@@ -220,7 +244,7 @@ def train_jointly(
         finally:
             select(str(passes[0]), 0)
             optimizer.zero_grad(set_to_none=True)
-    return JointResult(history, history.steps[-1], time.perf_counter() - begin)
+    return JointResult(history, history.steps[-1], time.perf_counter() - begin, len(batches))
 
 
 def select_random(quantized: QuantizedModel, seed: int) -> None:

@@ -53,6 +53,23 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def agreement_table(agreements: Mapping[str, Mapping[str, Any]]) -> Table:
+    """
+    :param agreements: what was compared -> :class:`nncf_mpq_plugin.stability.RankAgreement` as JSON.
+    :return: one row for each and kind of tensor: Spearman's correlation over the layers by bit width.
+    """
+    bits = sorted({int(b) for row in agreements.values() for kind in row["by_kind"].values() for b in kind})
+    table = Table("", "", title="Rank correlation of the learned scales over the layers", title_justify="left")
+    for heading in (*(f"{b} bits" for b in bits), "mean"):
+        table.add_column(heading, justify="right")
+    for name, row in agreements.items():
+        for kind, values in row["by_kind"].items():
+            by_bits = {int(b): value for b, value in values.items()}
+            cells = [f"{by_bits[b]:.3f}" if b in by_bits else "-" for b in bits]
+            table.add_row(name, kind, *cells, f"{sum(by_bits.values()) / len(by_bits):.3f}")
+    return table
+
+
 def verification_table(report: Mapping[str, Any]) -> Table:
     """
     :param report: content of verify.json.

@@ -39,7 +39,7 @@ LAYERS = (
     ("allocation.search",),
     ("allocation.explain", "allocation.sweep"),
     ("allocation", "comparison"),
-    ("placement", "checkpoint", "batches", "models", "summary", "tables"),
+    ("stability", "placement", "checkpoint", "batches", "models", "summary", "tables"),
     ("training", "data"),
     ("loop", "importance"),
     ("joint", "finetune", "floating", "runfolder", "sensitivity", "refine"),
