@@ -5,15 +5,17 @@ The jointly trained model has scales for every bit width, so each question needs
 
 ``fisher``: a second-order estimate for all tensors at once. With ``g`` the gradient of one sample's loss by the output
 ``y`` of a layer and ``dy`` what ``y`` changes by when the layer's weight or input goes from the highest to ``b`` bits,
-the importance is ``1/2 sum over outputs of (g dy)^2``, averaged over samples: the diagonal of the Fisher matrix in
-place of the Hessian. Weighing output errors by gradients is known from allocation in NVIDIA ModelOpt's
-``auto_quantize`` and Intel AutoRound's ``AutoScheme``; here the quantizers are trained at every bit width.
+the importance is ``1/2 sum over positions of (sum over channels of g dy)^2``, averaged over samples: the Fisher matrix,
+block-diagonal over positions, in place of the Hessian. Of ``dy`` only what no scale and shift of a channel repairs is
+counted, since batch norm and fine-tuning repair the rest. Weighing output errors by gradients is known from allocation
+in NVIDIA ModelOpt's ``auto_quantize`` and Intel AutoRound's ``AutoScheme``; here the quantizers have been trained at
+every bit width.
 
 ``loss_change``: the measured change of the loss with one tensor alone at ``b`` bits.
 
-Without labels, ``fisher`` draws targets from the model's own outputs, which makes it the Fisher matrix proper (Martens,
-"New Insights and Perspectives on the Natural Gradient Method", JMLR 2020, section 9.1), and ``loss_change`` measures
-the distance to the outputs at the highest bits.
+Unless a loss is given, ``fisher`` draws targets from the model's own outputs, which makes it the Fisher matrix proper
+(Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020, section 9.1) and needs no labels;
+without labels ``loss_change`` measures the distance to the outputs at the highest bits.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from nncf_mpq_plugin.training import (
 from nncf_mpq_plugin.types import ImportanceTable, LayerImportance
 
 LOSS = "loss"
+FEWEST = 8  # values of a channel that a scale and a shift are fitted to
 Changes = dict[tuple[str, int], Tensor]  # (layer or activation group, bit width) -> sum over samples
 
 
@@ -64,8 +67,8 @@ def fisher_importance(
 
     :param quantized: a jointly trained model; it is as before afterwards.
     :param batches: (input, target); a few hundred samples suffice. Memory is that of one training step on a batch.
-    :param loss_fn: (output, target) -> mean over the batch; default: cross entropy.
-    :param label_free: draw targets from the outputs, ``batches`` need none.
+    :param loss_fn: (output, target) -> mean over the batch; None draws targets from the outputs, ``batches`` need none.
+    :param label_free: draw targets even if there is a loss.
     :param seed: of these targets.
     :param device: default: where the model is.
     :param progress: called after each batch.
@@ -77,7 +80,6 @@ def fisher_importance(
     quantized.model.to(device)
     batches = _listed(quantized, batches)
     generator = torch.Generator(device).manual_seed(seed)
-    loss_fn = loss_fn or cross_entropy()
     weights: Changes = {}
     activations: Changes = {}
     samples = 0
@@ -87,7 +89,8 @@ def fisher_importance(
             inputs, target = to_device(batch, device)
             with _LayerChanges(quantized, weights, activations):
                 output = quantized.model(inputs)
-            loss = _drawn_loss(output, generator) if label_free else loss_fn(output, target) * len(inputs)
+            drawn = label_free or loss_fn is None
+            loss = _drawn_loss(output, generator) if drawn else loss_fn(output, target) * len(inputs)  # type: ignore[misc]
             loss.backward()
             quantized.model.zero_grad(set_to_none=True)
             samples += len(inputs)
@@ -102,8 +105,7 @@ def fisher_importance(
             raise InputError(msg)
         pair = (_finite(name, changes, halves, quantized.bits) for changes in (weights, activations))
         layers.append(LayerImportance(layer.cost, *pair))
-    source = f"fisher on {samples} samples" + (", drawn labels" if label_free else "")
-    return _table(quantized, layers, model_name, source)
+    return _table(quantized, layers, model_name, f"fisher on {samples} samples")
 
 
 def loss_change_importance(
@@ -198,17 +200,24 @@ class _LayerChanges(TorchFunctionMode):
                 _set_tag(output, _Input(tag.quantizer, tag.raw, lambda x: again(None, tag.replay(x))))
             return output
         if _tag(weight).layer in self.searched and output.requires_grad:
-            output.register_hook(lambda gradient: self._add(gradient, weight, read, again))
+            axis = -1 if func is F.linear else 1
+            output.register_hook(lambda gradient: self._add(gradient.movedim(axis, -1), axis, weight, read, again))
         return output
 
-    def _add(self, gradient: Tensor, weight: Tensor, read: Tensor | None, again: Callable) -> None:
-        """Add ``sum (g dy)^2`` of one layer for every lower bit width of its weight and its input."""
+    def _add(self, gradient: Tensor, axis: int, weight: Tensor, read: Tensor | None, again: Callable) -> None:
+        """
+        Add the terms of one layer for every lower bit width of its weight and its input.
+
+        :param gradient: ``[N, ..., channels]``.
+        :param axis: where the layer's output has its channels.
+        """
         on_weight: _Weight = _tag(weight)
         with torch.no_grad():
-            base = again(weight, read)
+            base = again(weight, read).movedim(axis, -1)
 
             def add(changes: Changes, bits: int, output: Tensor) -> None:
-                term = ((output - base) * gradient).square().sum(dtype=torch.float64)
+                left = unrepaired(output.movedim(axis, -1), base)
+                term = (left * gradient).sum(-1, dtype=torch.float64).square().sum()
                 key = (on_weight.layer, bits)
                 changes[key] = changes[key] + term if key in changes else term
 
@@ -222,6 +231,23 @@ class _LayerChanges(TorchFunctionMode):
                         bits,
                         again(weight, on_input.replay(_at(on_input.quantizer, on_input.raw, bits))),
                     )
+
+
+def unrepaired(output: Tensor, reference: Tensor) -> Tensor:
+    """
+    What remains of a change when each channel may be scaled and shifted (least squares over all its values).
+
+    :param output: ``[..., channels]``.
+    :param reference: ``[..., channels]``.
+    :return: the best scaled and shifted ``output`` - ``reference``; the plain difference where a channel has fewer than
+        :data:`FEWEST` values, too few to tell.
+    """
+    if reference.numel() // reference.shape[-1] < FEWEST:
+        return output - reference
+    dims = tuple(range(reference.dim() - 1))
+    centred, target = output - output.mean(dims), reference - reference.mean(dims)
+    slope = (centred * target).mean(dims) / centred.square().mean(dims).clamp_min(1e-20)
+    return centred * slope - target
 
 
 @dataclass(frozen=True)

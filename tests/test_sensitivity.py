@@ -8,7 +8,7 @@ from small_net import data, small_model
 
 from nncf_mpq_plugin.adapters.nncf3 import place
 from nncf_mpq_plugin.errors import InputError, TrainingError
-from nncf_mpq_plugin.sensitivity import fisher_importance, loss_change_importance
+from nncf_mpq_plugin.sensitivity import fisher_importance, loss_change_importance, unrepaired
 from nncf_mpq_plugin.training import evaluate
 
 BITS = (2, 4, 8)
@@ -22,11 +22,15 @@ def placed(network):
 
 def batches(count=2, labels=True):
     generator = torch.Generator().manual_seed(5)
-    shape = (4, 3, 16, 16)
+    shape = (12, 3, 16, 16)
     return [
-        (torch.randn(shape, generator=generator), torch.randint(10, (4,), generator=generator) if labels else None)
+        (torch.randn(shape, generator=generator), torch.randint(10, (12,), generator=generator) if labels else None)
         for _ in range(count)
     ]
+
+
+def mean_loss(output, target):
+    return F.cross_entropy(output, target)
 
 
 def outputs_and_loss(quantized, batch):
@@ -38,16 +42,28 @@ def outputs_and_loss(quantized, batch):
         )
         for layer in quantized.searchable
     ]
-    loss = F.cross_entropy(quantized.model(batch[0]), batch[1], reduction="sum")
+    loss = mean_loss(quantized.model(batch[0]), batch[1]) * len(batch[0])
     for handle in handles:
         handle.remove()
     return outputs, loss
 
 
+def repaired(output, reference):
+    """:return: each channel scaled and shifted to the reference by a least squares solver, ``[N, C, ...]``."""
+    result = torch.empty_like(output)
+    for channel in range(output.shape[1]):
+        values = output[:, channel].reshape(-1, 1).double()
+        columns = torch.cat([values, torch.ones_like(values)], 1)
+        wanted = reference[:, channel].reshape(-1, 1).double()
+        fit = torch.linalg.lstsq(columns, wanted, driver="gelsd").solution
+        result[:, channel] = (columns @ fit).reshape(result[:, channel].shape)
+    return result
+
+
 @pytest.mark.parametrize("network", [Residual, Branches])
 def test_fisher_is_the_weighted_output_error_of_each_tensor_alone(network):
     quantized, found = placed(network), {}
-    table = fisher_importance(quantized, batches())
+    table = fisher_importance(quantized, batches(), loss_fn=mean_loss)
     samples = sum(len(inputs) for inputs, _ in batches())
     assert table.unit == "loss"
     assert [layer.cost.name for layer in table.layers] == [layer.cost.name for layer in quantized.searchable]
@@ -66,7 +82,8 @@ def test_fisher_is_the_weighted_output_error_of_each_tensor_alone(network):
                     quantizer.select(bits)
                     changed = outputs_and_loss(quantized, batch)[0][name]
                     quantizer.select(8)
-                    term = (gradients[name] * (changed - base[name])).square().sum().item() / (2 * samples)
+                    left = repaired(changed, base[name]) - base[name]
+                    term = (gradients[name] * left).sum(1).square().sum().item() / (2 * samples)
                     found[name, tensor, bits] = found.get((name, tensor, bits), 0.0) + term
     for layer in table.layers:
         for tensor, values in (("weight", layer.weight), ("activation", layer.activation)):
@@ -83,8 +100,19 @@ def test_fisher_without_labels_repeats_by_seed_and_is_near_that_with_labels_of_t
     one, again, other = (fisher_importance(quantized, inputs, label_free=True, seed=seed) for seed in (0, 0, 1))
     assert one == again
     assert one != other
-    with pytest.raises(InputError, match="no targets"):
-        fisher_importance(quantized, inputs)
+    assert one == fisher_importance(quantized, inputs)
+    assert one == fisher_importance(quantized, data(), loss_fn=F.cross_entropy, label_free=True)
+
+
+def test_a_scale_and_a_shift_of_a_channel_are_repaired():
+    torch.manual_seed(0)
+    reference = torch.randn(4, 5, 6)
+    assert unrepaired(reference * torch.rand(6) + torch.randn(6), reference).abs().max() < 1e-5
+    noise = torch.randn(4, 5, 6)
+    left = unrepaired(reference + noise, reference)
+    assert 0 < left.square().sum() < noise.square().sum()
+    few = torch.randn(7, 6)
+    assert torch.equal(unrepaired(few + 1, few), (few + 1) - few)
 
 
 def test_outputs_that_are_no_classes_need_a_loss_or_none():
