@@ -96,7 +96,7 @@ def quantize(
     value = _given(
         model=f"python:{type(model).__name__}#{_digest(model)}",
         input_info={"sample_size": [1, *split_batch(first)[0].shape[1:]]},
-        data={"source": "python:loaders"},
+        data={"source": "python:loaders", "arguments": _identity(train_loader, validation_loader, loss)},
         compression=_given(
             ignored_scopes=None if ignored_scopes is None else list(ignored_scopes),
             initializer={
@@ -131,6 +131,16 @@ def quantize(
 
 def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _identity(train_loader: Any, validation_loader: Any, loss: LossFunction | None) -> dict[str, Any]:
+    """:return: what can be told of loaders and loss, so that a folder is not continued with others."""
+    name = (
+        "cross entropy"
+        if loss is None
+        else f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}"
+    )
+    return {"train_batches": len(train_loader), "validation_batches": len(validation_loader), "loss": name}
 
 
 def _digest(model: nn.Module) -> str:

@@ -146,8 +146,8 @@ _PRECISION = _section(
     ),
     alpha=Key(
         "number",
-        "Weight importance counts alpha times in the objective; null is 2 for `scale` (as published) and 1 for "
-        "importances in units of loss.",
+        "Weight importance counts alpha times in the objective; null is 2 for `scale` (as published) and 0.5 "
+        "for importances in units of loss.",
         default=None,
         nullable=True,
         minimum=0,

@@ -25,8 +25,8 @@ def policy_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["weight"]),
             str(row["activation"]),
             f"{row['bitops_share']:.1%}",
-            _number(row.get("weight_importance")) if row["searched"] else "fixed",
-            _number(row.get("activation_importance")) if row["searched"] else "fixed",
+            _significant(row.get("weight_importance")) if row["searched"] else "fixed",
+            _significant(row.get("activation_importance")) if row["searched"] else "fixed",
         )
     return table
 
@@ -236,6 +236,10 @@ def quantity(value: float) -> str:
         value /= 1000
         prefixes.pop(0)
     return f"{value:.3g} {prefixes[0]}"
+
+
+def _significant(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -240,8 +240,11 @@ class ImportanceTable:
 
     @property
     def default_alpha(self) -> float:
-        """How much weight importance counts: 2 for learned scales (published), 1 for units of loss."""
-        return 2.0 if self.unit == "scale" else 1.0
+        """
+        How much weight importance counts: 2 for learned scales (published), 0.5 for units of loss, since fine-tuning
+        makes up for part of what rounded weights lose, and for less of what rounded activations lose.
+        """
+        return 2.0 if self.unit == "scale" else 0.5
 
     def to_json(self) -> dict[str, Any]:
         """:return: a JSON-serialisable object; ``from_json`` gives back an equal table."""
