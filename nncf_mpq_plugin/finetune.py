@@ -16,6 +16,7 @@ from nncf_mpq_plugin.errors import ConfigError
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer
 from nncf_mpq_plugin.placement import QuantizedModel
 from nncf_mpq_plugin.quantizer import least_error_scale
+from nncf_mpq_plugin.recompute import recomputed
 from nncf_mpq_plugin.training import (
     LossFunction,
     Progress,
@@ -205,7 +206,8 @@ def finetune(
     task_loss = loss_fn or cross_entropy(config.label_smoothing)
 
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
-        output = model(inputs)
+        with recomputed():
+            output = model(inputs)
         share = 1.0 if config.label_free else config.distillation
         loss = torch.zeros((), device=device)
         if share:

@@ -24,6 +24,7 @@ from nncf_mpq_plugin.batches import Batches, derived_seed
 from nncf_mpq_plugin.errors import ConfigError
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer, quantizers_by_scale
 from nncf_mpq_plugin.placement import QuantizedModel
+from nncf_mpq_plugin.recompute import recomputed
 from nncf_mpq_plugin.stability import settled_agreement
 from nncf_mpq_plugin.training import (
     BatchNormStatistics,
@@ -186,7 +187,8 @@ def train_jointly(
         losses: dict[str, Tensor] = {}
         for index, bits in enumerate(passes):
             select(str(bits), step)
-            output = model(inputs)
+            with recomputed():
+                output = model(inputs)
             if config.label_free:
                 loss = output_distance(output, reference)
             elif index == 0 or not config.distillation:

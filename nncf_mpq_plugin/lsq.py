@@ -24,6 +24,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-ffp-contract=off", "-fno-
 COMPILE_SECONDS = 600
 
 logger = logging.getLogger(__name__)
+listeners: list[Callable[[Tensor, Tensor, Tensor, int, int], None]] = []  # told output, x, scale, low, high
 
 
 def lsq_quantize(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
@@ -50,6 +52,9 @@ def lsq_quantize(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 
     :return: the shape of ``x``.
     """
     result: Tensor = _LSQ.apply(x, scale, low, high, factor)
+    if result.requires_grad:
+        for listener in listeners:
+            listener(result, x, scale, low, high)
     return result
 
 

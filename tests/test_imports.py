@@ -31,7 +31,7 @@ LAYERS = (
     ("errors",),
     ("files", "requirements"),
     ("types",),
-    ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq"),
+    ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq", "recompute"),
     ("allocation.bounds", "allocation.constraints", "allocation.states"),
     ("allocation.join",),
     ("allocation.enumeration",),
