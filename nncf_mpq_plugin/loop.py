@@ -37,6 +37,7 @@ from nncf_mpq_plugin.quantizer import SMALLEST_SCALE, MultiBitQuantizer
 from nncf_mpq_plugin.training import Progress, named_quantizers, to_device
 
 EXPLODED = 1e3  # a scale this many times its value at the start has exploded
+LARGEST_CHANGE = 0.1  # of a scale in one optimizer step, relative; a small scale would fall to the floor in one step
 ADVICE = "Lower the learning rate of the scales (scale_learning_rate) or of the weights, or leave out the lowest bits."
 
 
@@ -136,12 +137,11 @@ class Loop:
                         losses = {name: loss.detach() for name, loss in compute_gradients(inputs, target, step).items()}
                     numbers = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
                     self._check(numbers, parameters, names, step, inputs)
+                    before = [scale.detach().clone() for scale in scales]
                     self.optimizer.step()
-                    if scales:  # a floating-point model has none
-                        with torch.no_grad():
-                            torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
-                    self.quantized.after_step()
                     self._check_scales(scales, initial, names, step)
+                    _limit_change(scales, before)
+                    self.quantized.after_step()
                     step += 1
                     for name, number in numbers.items():
                         sums[name] = sums.get(name, 0.0) + number
@@ -327,6 +327,21 @@ def make_optimizer(
 def quantizers_by_scale(quantized: QuantizedModel) -> dict[int, int]:
     """:return: ``id`` of each quantizer's scale parameter -> its bit width."""
     return {id(scale): int(bits) for q in named_quantizers(quantized).values() for bits, scale in q.scales.items()}
+
+
+def _limit_change(scales: list[Tensor], before: list[Tensor]) -> None:
+    """
+    Keep each scale within :data:`LARGEST_CHANGE` of what it was, and at or above the floor.
+
+    The published learning rate moves a scale by up to 0.01 in a step, momentum not counted. That is more than the whole
+    8-bit scale of many layers, which then lie at the floor, with all weights clipped to nothing.
+    """
+    if not scales:  # a floating-point model has none
+        return
+    with torch.no_grad():
+        torch._foreach_clamp_min_(scales, torch._foreach_mul(before, 1 - LARGEST_CHANGE))
+        torch._foreach_clamp_max_(scales, torch._foreach_mul(before, 1 + LARGEST_CHANGE))
+        torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
 
 
 def _describe_parameters(model: nn.Module, quantizers: Mapping[str, MultiBitQuantizer]) -> dict[int, str]:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -296,3 +297,15 @@ def test_exploding_scale_is_named():
 def test_unknown_choices_are_config_errors(change, message):
     with pytest.raises(ConfigError, match=message):
         train_jointly(small_model(), data(), dataclasses.replace(CONFIG, **change))
+
+
+def test_a_scale_changes_by_a_tenth_in_a_step_at_most():
+    """The published learning rate is larger than a small 8-bit scale: unlimited, one step takes it to the floor."""
+    quantized = small_model()
+    result = train_jointly(quantized, data(), dataclasses.replace(CONFIG, epochs=1, scale_learning_rate=1.0))
+    changes = []
+    for curves in result.history.scales.values():
+        for curve in curves.values():
+            changes += [after / before for before, after in itertools.pairwise(curve)]
+    assert 0.9 - 1e-5 <= min(changes) < 0.91
+    assert 1.09 < max(changes) <= 1.1 + 1e-5
