@@ -50,8 +50,8 @@ SAMPLES = 512
 JOINT = JointConfig(epochs=1, data_fraction=0.9)
 FINE_TUNING = FinetuneConfig(epochs=2, learning_rate=0.02)
 METHODS = (
-    *("uniform", "scale, alpha 2", "scale, alpha 1", "scale, alpha 0.5", "fisher", "fisher, alpha 0.5"),
-    *("fisher, refined", "loss change", "loss change, alpha 0.5"),
+    *("uniform", "scale, alpha 2", "scale, alpha 1", "scale, alpha 0.5", "fisher, alpha 1", "fisher, alpha 0.5"),
+    *("fisher, refined", "loss change, alpha 1", "loss change, alpha 0.5"),
     *("reversed", "shuffled", "inverse size", "random 0", "random 1"),
 )
 

@@ -51,7 +51,8 @@ STRANGE = (
     *("", " ", "\0", "a\nb", "é", "\ud800", "NaN", "1", "x" * 5000, "/", "..", "~", "{re}(", "*", "digits", "a:b"),
     *([], {}, [[]], [None], {"": None}, {"weight": None}),
 )
-VALUES = st.sampled_from(STRANGE) | st.integers() | st.floats() | st.text(max_size=6)
+# copies, since later mutations change what was put in
+VALUES = (st.sampled_from(STRANGE) | st.integers() | st.floats() | st.text(max_size=6)).map(copy.deepcopy)
 
 
 @st.composite
