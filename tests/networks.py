@@ -60,6 +60,55 @@ class Branches(nn.Module):
         return self.head(torch.relu(self.hidden(x.mean((2, 3)))))
 
 
+class SqueezeExcite(nn.Module):
+    """An inverted residual with squeeze-and-excitation (hard sigmoid) and hard swish, as in MobileNetV3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.expand = nn.Conv2d(8, 24, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.depthwise = nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False)
+        self.bn2 = nn.BatchNorm2d(24)
+        self.squeeze = nn.Conv2d(24, 8, 1)
+        self.excite = nn.Conv2d(8, 24, 1)
+        self.project = nn.Conv2d(24, 8, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.hardswish(self.bn(self.stem(x)))
+        y = nn.functional.hardswish(self.bn1(self.expand(x)))
+        y = nn.functional.hardswish(self.bn2(self.depthwise(y)))
+        scale = self.excite(torch.relu(self.squeeze(nn.functional.adaptive_avg_pool2d(y, 1))))
+        y = self.bn3(self.project(y * nn.functional.hardsigmoid(scale)))
+        return self.fc((x + y).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Patches, one transformer block with pre-normalisation, mean over the tokens, classifier."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 16, width))
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(2 * width, width)
+        self.norm3 = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        x = x + self.out(nn.functional.gelu(self.hidden(self.norm2(x))))
+        return self.head(self.norm3(x).mean(1))
+
+
 def prepared(network: type[nn.Module], seed: int = 0) -> nn.Module:
     """:return: a network in evaluation mode with batch norm statistics unlike the defaults, negative weights too."""
     torch.manual_seed(seed)

@@ -292,4 +292,4 @@ def _onnxruntime_runner(path: Path, sample: Tensor, threads: int) -> Callable[[]
 
 def _layer_of(node: str) -> str:
     """:return: the torch layer: ``a.b`` of ``a.b/WithoutBiases`` and of ``__module.a.b/aten::linear/MatMul``."""
-    return re.sub(r"/(aten::|WithoutBiases).*", "", node.removeprefix("__module."))
+    return re.sub(r"/(aten::|WithoutBiases|DequantizationMultiply).*", "", node.removeprefix("__module."))
