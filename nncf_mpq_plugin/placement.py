@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nncf_mpq_plugin.costs import FLOAT_BITS
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer
 from nncf_mpq_plugin.types import LayerBits, LayerCost, Policy
@@ -74,7 +75,8 @@ class QuantizedModel:
         """
         Set the active bit width of every searchable layer.
 
-        :param policy: searchable layer name -> bit widths; layers of one activation group must agree.
+        :param policy: searchable layer name -> bit widths; layers of one activation group must agree. Activations at
+            32 bits stay in floating point; where all of them do, so do the stored tensors that only they read.
         :raises InputError: if layers are missing or unknown, or a group's layers disagree.
         """
         names = {layer.cost.name for layer in self.searchable}
@@ -92,7 +94,19 @@ class QuantizedModel:
                 )
                 raise InputError(msg)
             self.weight_quantizers[layer.cost.name].select(bits.weight)
-            self.activation_quantizers[group].select(bits.activation)
+            activation = self.activation_quantizers[group]
+            activation.enabled = bits.activation != FLOAT_BITS
+            if activation.enabled:
+                activation.select(bits.activation)
+        self._enable_stored_quantizers()
+
+    def _enable_stored_quantizers(self) -> None:
+        searched = [self.activation_quantizers[group] for group in self.searchable_groups]
+        any_quantized = any(quantizer.enabled for quantizer in searched)
+        fixed = [self.activation_quantizers[layer.cost.activation_group] for layer in self.layers if layer.fixed]
+        for stored in self.stored_quantizers.values():
+            read = any(quantizer is stored or quantizer.behind is stored for quantizer in fixed)
+            stored.enabled = any_quantized or read
 
     def select_uniform(self, bits: int) -> None:
         """Set weights and activations of every searchable layer to ``bits``."""
@@ -100,13 +114,12 @@ class QuantizedModel:
 
     def policy(self) -> Policy:
         """:return: the active bit widths of every layer."""
-        chosen = {
-            layer.cost.name: LayerBits(
-                self.weight_quantizers[layer.cost.name].active,
-                self.activation_quantizers[layer.cost.activation_group].active,
+        chosen = {}
+        for layer in self.layers:
+            activation = self.activation_quantizers[layer.cost.activation_group]
+            chosen[layer.cost.name] = LayerBits(
+                self.weight_quantizers[layer.cost.name].active, activation.active if activation.enabled else FLOAT_BITS
             )
-            for layer in self.layers
-        }
         fixed = {layer.cost.name for layer in self.layers if layer.fixed is not None}
         return Policy(
             {name: bits for name, bits in chosen.items() if name not in fixed},

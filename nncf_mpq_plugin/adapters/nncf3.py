@@ -242,8 +242,11 @@ def freeze(quantized: NNCFQuantizedModel) -> nn.Module:
             step = step.float()
             weight.copy_(integers.float() * step)
             reader = quantized.activation_quantizers[layer.cost.activation_group]
-            unit = step.flatten().double() * reader.effective_scale().double()
-            rounded = (bias / unit).round() * unit
+            source = reader if reader.enabled else reader.behind
+            rounded = bias
+            if source is not None and source.enabled:  # an integer kernel's bias lies on the accumulator's grid
+                unit = step.flatten().double() * source.effective_scale().double()
+                rounded = (bias / unit).round() * unit
             if norm is not None:
                 _make_identity(norm, rounded)
                 if site.bias:
@@ -253,8 +256,10 @@ def freeze(quantized: NNCFQuantizedModel) -> nn.Module:
             hook = next(name for name, hook in storage.named_hooks() if hook is quantizer)
             _replace_hook(storage, hook, _native(quantizer, step))
         for name, hook in list(storage.named_hooks(remove_duplicate=False)):
-            if isinstance(hook, MultiBitQuantizer):
+            if isinstance(hook, MultiBitQuantizer) and hook.enabled:
                 _replace_hook(storage, name, _native(hook, hook.effective_scale()))
+            elif isinstance(hook, MultiBitQuantizer):
+                storage.delete_hook(name)
     return model
 
 

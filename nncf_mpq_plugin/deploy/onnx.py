@@ -5,6 +5,8 @@ The deployable form: ONNX of standard operators whose arithmetic integer kernels
   carrier, for which runtimes have kernels, holding b-bit values.
 * A weight is an int8 constant on the b-bit grid with one scale per output channel.
 * A bias is an int32 constant in units of weight step x input step, the accumulator's grid.
+
+A layer that reads activations in floating point has ``Cast`` and ``Mul`` behind its int8 constant and a float bias.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class _Rewriter:
     def run(self) -> None:
         self.fold_identity_batch_norms()
         self.quantizers_to_standard_operators()
+        self.weights_of_float_layers()
         self.biases_to_integers()
         used = {name for node in self.nodes for name in node.input} | {item.name for item in self.graph.output}
         del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
@@ -140,6 +143,26 @@ class _Rewriter:
         self.scales[output] = step
         return nodes
 
+    def weights_of_float_layers(self) -> None:
+        """
+        Cast and Mul in place of DequantizeLinear where the activations are not quantized: ONNX Runtime makes a kernel
+        of the latter (MatMulNBits) that rounds the activations to 8 bits.
+        """
+        integer = {n.input[1] for n in self.nodes if len(n.input) > 1 and n.input[0] in self.scales}
+        result: list[NodeProto] = []
+        for node in self.nodes:
+            tensor = node.output[0]
+            if node.op_type != "DequantizeLinear" or tensor not in self.weight_scales or tensor in integer:
+                result.append(node)
+                continue
+            shape = [1] * self.constants[node.input[0]].ndim
+            shape[node.attribute[0].i] = -1
+            scale = self.constant(f"{tensor}.scale", self.weight_scales[tensor].reshape(shape))
+            cast = f"{tensor}.cast"
+            result.append(helper.make_node("Cast", [node.input[0]], [cast], cast, to=onnx.TensorProto.FLOAT))
+            result.append(helper.make_node("Mul", [cast, scale], [tensor], name=tensor))
+        self.nodes = result
+
     def biases_to_integers(self) -> None:
         result: list[NodeProto] = []
         for node in self.nodes:
@@ -180,6 +203,13 @@ def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:
     marked.producer_name = "nncf-mpq-plugin"
     onnx.checker.check_model(marked, full_check=True)
     return marked
+
+
+def weights_of_float_layers(model: onnx.ModelProto) -> set[str]:
+    """:return: names of the dequantized weights whose layers read activations in floating point."""
+    integers = {item.name for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    casts = {node.output[0] for node in model.graph.node if node.op_type == "Cast" and node.input[0] in integers}
+    return {node.output[0] for node in model.graph.node if node.op_type == "Mul" and node.input[0] in casts}
 
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> None:

@@ -3,7 +3,9 @@ OpenVINO IR whose weights take exactly their bits on disk.
 
 The IR is the conversion of the ONNX file. Each int8 weight constant is then stored as ``u2``, ``u3``, ``u4`` or ``u6``
 (5 bits: a ``u4`` and a ``u1`` plane; 7 bits: ``u6`` and ``u1``), unpacked by constant folding when the model is
-compiled. A closing ``FakeQuantize`` of 256 levels with the same step makes the runtime choose its INT8 kernels.
+compiled. Where the layer reads quantized activations, a closing ``FakeQuantize`` of 256 levels with the same step makes
+the runtime choose its INT8 kernels. Where it reads floating point, the integers reach the layer as u2, u4 or u8, which
+linear layers keep compressed in memory.
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino as ov
 from openvino import opset13 as ops
 
+from nncf_mpq_plugin.deploy.onnx import weights_of_float_layers
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.files import written_atomically
 
-EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
-"""Compile-time properties for exact results: new CPUs would run what is not INT8 in bfloat16."""
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""
+Compile-time properties for exact results: new CPUs would run what is not INT8 in bfloat16, and linear layers with
+compressed weights would round their activations to 8 bits.
+"""
 
 _PLANES = {1: (1,), 2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (6,), 7: (6, 1)}
 _TYPES = {1: ov.Type.u1, 2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4, 6: ov.Type.u6}
@@ -37,9 +44,10 @@ def to_openvino(onnx_path: str | Path) -> ov.Model:
     except Exception as error:
         msg = f"{onnx_path}: OpenVINO cannot read it ({error})."
         raise InputError(msg) from error
+    compressed = weights_of_float_layers(onnx.load(onnx_path))
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i8 and len(node.shape) > 1:
-            _pack(node)
+            _pack(node, compressed)
         elif node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i32:
             _fold_bias(node)
     model.validate_nodes_and_infer_types()
@@ -90,8 +98,8 @@ def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:
     return result
 
 
-def _pack(constant: ov.Node) -> None:
-    """Replace Constant(i8) -> Convert [-> Subtract 0] -> Multiply(step) by packed planes and a FakeQuantize."""
+def _pack(constant: ov.Node, compressed: set[str]) -> None:
+    """Replace Constant(i8) -> Convert [-> Subtract 0] -> Multiply(step) by packed planes and their dequantization."""
     convert = _only_consumer(constant.output(0), "Convert")
     after = convert and _only_consumer(convert.output(0), None)
     if after is not None and after.get_type_name() == "Subtract":
@@ -103,25 +111,33 @@ def _pack(constant: ov.Node) -> None:
     step = _constant_value(after.input_value(1))
     if bits > 6 or step is None:
         return
-    step = step.astype(np.float32).reshape(step.shape or (1,) * integers.ndim)
+    scale = ops.constant(step.astype(np.float32).reshape(step.shape or (1,) * integers.ndim))
     offset = 2 ** (bits - 1)
-    unsigned = integers + offset
+    floating = after.get_friendly_name() in compressed
+    planes = _planes(integers + offset, bits, ("u4" if bits <= 4 else "u8") if floating else "f32")
+    weight = ops.multiply(ops.subtract(ops.convert(planes, "f32"), ops.constant(np.float32(offset))), scale)
+    if not floating:
+        low, high = (ops.multiply(scale, ops.constant(np.float32(limit))) for limit in (-128, 127))
+        weight = ops.fake_quantize(weight, low, high, low, high, 256)
+    weight.set_friendly_name(after.get_friendly_name())
+    for target in after.output(0).get_target_inputs():
+        target.replace_source_output(weight.output(0))
+
+
+def _planes(unsigned: np.ndarray, bits: int, kind: str) -> ov.Node:
+    """:return: constants at exactly ``bits`` and what puts them together in the type ``kind``."""
     value, shift = None, 0
     for plane_bits in _PLANES[bits]:
         plane = ((unsigned >> shift) & (2**plane_bits - 1)).astype(np.uint8)
-        part = ops.convert(ops.constant(plane, dtype=_TYPES[plane_bits]), "f32")
+        part = ops.constant(plane, dtype=_TYPES[plane_bits])
+        if kind != "u4" or plane_bits not in (2, 4):  # linear layers take u2 and u4 as they are
+            part = ops.convert(part, kind)
         if shift:
-            part = ops.multiply(part, ops.constant(np.float32(2**shift)))
+            factor = ops.constant(np.array(2**shift, np.float32 if kind == "f32" else np.uint8))
+            part = ops.multiply(part, factor)
         value = part if value is None else ops.add(value, part)
         shift += plane_bits
-    centred = ops.subtract(value, ops.constant(np.float32(offset)))
-    scale = ops.constant(step)
-    weight = ops.multiply(centred, scale)
-    low, high = (ops.multiply(scale, ops.constant(np.float32(limit))) for limit in (-128, 127))
-    quantized = ops.fake_quantize(weight, low, high, low, high, 256)
-    quantized.set_friendly_name(after.get_friendly_name())
-    for target in after.output(0).get_target_inputs():
-        target.replace_source_output(quantized.output(0))
+    return value
 
 
 def _fold_bias(constant: ov.Node) -> None:
