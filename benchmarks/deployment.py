@@ -43,7 +43,7 @@ from nncf_mpq_plugin.floating import FloatConfig, train_float
 from nncf_mpq_plugin.types import LayerBits, Policy, read_json, write_json
 
 BITS = (2, 3, 4, 5, 6, 8)
-SIZE, LATENCY_SIZE, CLASSES, BATCH, TRAIN, VERIFY = 64, 224, 10, 32, 640, 256
+SIZE, LATENCY_SIZE, CLASSES, BATCH, TRAIN, VERIFY = 64, 224, 10, 32, 384, 256
 ISA = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 BYTES = 4  # of a weight scale, a bias and a parameter that is not quantized
 

@@ -41,6 +41,12 @@ def test_half_range_weights_do_not_saturate() -> None:
     assert " 0.00% of the elements" in half
 
 
+def test_uint8_activations_are_exact_without_vnni() -> None:
+    lines = output(ROOT / "benchmarks/upstream/int8_activations.py", ONEDNN_MAX_CPU_ISA="AVX2").splitlines()
+    assert lines[1].startswith("u8: 0.00% of the elements are off")
+    assert not lines[0].startswith("i8: 0.00%")
+
+
 def test_f32_at_compile_time_is_exact() -> None:
     _, exact = output(ROOT / "benchmarks/upstream/precision_in_the_model.py").splitlines()
     assert "float32" in exact

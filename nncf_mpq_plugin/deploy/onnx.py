@@ -1,7 +1,7 @@
 """
 The deployable form: ONNX of standard operators whose arithmetic integer kernels compute exactly.
 
-* An activation at b bits is ``QuantizeLinear`` to (u)int8, ``Clip`` to the b-bit range, ``DequantizeLinear``: an INT8
+* An activation at b bits is ``QuantizeLinear`` to uint8 (zero point 128 where it is signed), ``Clip`` to the b-bit range, ``DequantizeLinear``: an INT8
   carrier, for which runtimes have kernels, holding b-bit values.
 * A weight is an int8 constant on the b-bit grid with one scale per output channel.
 * A bias is an int32 constant in units of weight step x input step, the accumulator's grid.
@@ -25,6 +25,7 @@ from nncf_mpq_plugin.files import written_atomically
 _TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
 _IDENTITY_TOLERANCE = 1e-5
 _INT32 = 2**31 - 1
+ZERO_POINT = 128  # of signed activations: OpenVINO's kernels for int8 activations are wrong on CPUs without VNNI
 
 
 class _Rewriter:
@@ -127,16 +128,16 @@ class _Rewriter:
         return replacement, transposed
 
     def activation(self, node: NodeProto, low: int, high: int, step: float) -> list[NodeProto]:
-        output, dtype = node.output[0], np.int8 if low < 0 else np.uint8
+        output, zero = node.output[0], ZERO_POINT if low < 0 else 0
+        low, high = low + zero, high + zero
         scale = self.constant(f"{output}.scale", np.float32(step))
-        zero_point = self.constant(f"{output}.zero_point", dtype(0))
-        limits = np.iinfo(dtype)
+        zero_point = self.constant(f"{output}.zero_point", np.uint8(zero))
         nodes = [
             helper.make_node("QuantizeLinear", [node.input[0], scale, zero_point], [f"{output}.q"], f"{output}.q"),
             helper.make_node("DequantizeLinear", [f"{output}.q", scale, zero_point], [output], output),
         ]
-        if (low, high) != (limits.min, limits.max):
-            bounds = [self.constant(f"{output}.low", dtype(low)), self.constant(f"{output}.high", dtype(high))]
+        if (low, high) != (0, 255):
+            bounds = [self.constant(f"{output}.low", np.uint8(low)), self.constant(f"{output}.high", np.uint8(high))]
             clip = helper.make_node("Clip", [f"{output}.q", *bounds], [f"{output}.clip"], f"{output}.clip")
             nodes.insert(1, clip)
             nodes[2].input[0] = f"{output}.clip"
