@@ -1,8 +1,8 @@
 """
 The deployable form: ONNX of standard operators whose arithmetic integer kernels compute exactly.
 
-* An activation at b bits is ``QuantizeLinear`` to uint8 (zero point 128 where it is signed), ``Clip`` to the b-bit range, ``DequantizeLinear``: an INT8
-  carrier, for which runtimes have kernels, holding b-bit values.
+* An activation at b bits is ``QuantizeLinear`` to uint8 (zero point 128 where it is signed), ``Clip`` to the b-bit
+  range, ``DequantizeLinear``: an INT8 carrier, for which runtimes have kernels, holding b-bit values.
 * A weight is an int8 constant on the b-bit grid with one scale per output channel.
 * A bias is an int32 constant in units of weight step x input step, the accumulator's grid.
 
