@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from nncf_mpq_plugin.adapters.nncf3 import quiet
 from nncf_mpq_plugin.batches import split_batch
 from nncf_mpq_plugin.config import Config
-from nncf_mpq_plugin.data import Data
-from nncf_mpq_plugin.errors import InputError
+from nncf_mpq_plugin.data import Data, first_batch
 from nncf_mpq_plugin.pipeline import Listener, Pipeline, Sources
 from nncf_mpq_plugin.runfolder import RunFolder, locked
 from nncf_mpq_plugin.training import LossFunction
@@ -51,6 +51,7 @@ def quantize(
     fixed_bits: Mapping[str, int] | None = None,
     ignored_scopes: Sequence[str] | None = None,
     alpha: float | None = None,
+    precision: Mapping[str, Any] | None = None,
     joint_training: Mapping[str, Any] | None = None,
     fine_tuning: Mapping[str, Any] | None = None,
     deploy: Mapping[str, Any] | None = None,
@@ -76,6 +77,8 @@ def quantize(
     :param fixed_bits: layers that are not searched, e.g. ``{"first": 8, "last": 8}``.
     :param ignored_scopes: layers to keep in floating point.
     :param alpha: weight importance counts alpha times.
+    :param precision: further keys of the config's ``compression.initializer.precision``, e.g.
+        ``{"keep_weights": "trained"}``.
     :param joint_training: keys of the config's section of that name, e.g. ``{"epochs": 2}``.
     :param fine_tuning: likewise.
     :param deploy: likewise.
@@ -89,10 +92,8 @@ def quantize(
     :raises TrainingError: if training diverges.
     :raises VerificationError: if the exported files do not agree with the model.
     """
-    first = next(iter(validation_loader), None)
-    if first is None:
-        msg = "The validation loader gives no batch: the data set is empty."
-        raise InputError(msg)
+    first_batch(train_loader, "training")
+    first = first_batch(validation_loader, "validation")
     value = _given(
         model=f"python:{type(model).__name__}#{_digest(model)}",
         input_info={"sample_size": [1, *split_batch(first)[0].shape[1:]]},
@@ -100,7 +101,8 @@ def quantize(
         compression=_given(
             ignored_scopes=None if ignored_scopes is None else list(ignored_scopes),
             initializer={
-                "precision": _given(
+                "precision": dict(precision or {})
+                | _given(
                     bits=None if bits is None else list(bits),
                     fixed_bits=None if fixed_bits is None else dict(fixed_bits),
                     joint_training=joint_training,
@@ -148,5 +150,5 @@ def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]

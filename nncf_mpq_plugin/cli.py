@@ -305,7 +305,10 @@ def _what_if(options: argparse.Namespace, out: Console) -> dict[str, Any]:
 def _finetune(options: argparse.Namespace, out: Console) -> None:
     with _pipeline(options, out) as pipeline:
         if options.policy:
-            Policy.load(options.policy).save(pipeline.folder.file("policy.json"))
+            policy = Policy.load(options.policy)
+            pipeline.run_stage("search")  # once it is done, a later run keeps the given policy
+            pipeline.check_policy(policy, options.policy)
+            policy.save(pipeline.folder.file("policy.json"))
         pipeline.run_stage("finetune")
         pipeline.run_stage("uniform")
     metrics = read_json(pipeline.folder.file("model/metrics.json"))

@@ -7,6 +7,7 @@ run alone, and a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from nncf_mpq_plugin.batches import Batches, split_batch
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
 from nncf_mpq_plugin.comparison import uniform
 from nncf_mpq_plugin.config import Config
-from nncf_mpq_plugin.costs import LatencyTable
+from nncf_mpq_plugin.costs import LatencyTable, limits_of
 from nncf_mpq_plugin.data import Data, check_data, check_inputs, load_data
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
@@ -39,6 +40,7 @@ from nncf_mpq_plugin.importance import importance_from_scales
 from nncf_mpq_plugin.joint import JointConfig, JointResult, train_jointly
 from nncf_mpq_plugin.loop import History
 from nncf_mpq_plugin.models import build_model, check_model, load_weights
+from nncf_mpq_plugin.policies import check_policy
 from nncf_mpq_plugin.refine import JointLoss, Refinement, refine
 from nncf_mpq_plugin.runfolder import RunFolder
 from nncf_mpq_plugin.sensitivity import fisher_importance, loss_change_importance
@@ -236,6 +238,11 @@ class Pipeline:
         floating = quantized.floating_parameters
         if floating:
             self._log(f"  Kept in floating point, and not counted in sizes and BitOps: {', '.join(floating)}")
+        # a budget that no policy can meet fails here, before the training; which policy is best does not matter yet
+        program = {**self._program(), "out_of_order": "keep"}
+        search(
+            importance_from_scales(quantized), config.budget, **program, gap=config.gap, time_limit=config.time_limit
+        )
         result = train_jointly(
             quantized,
             self.data.train,
@@ -350,9 +357,13 @@ class Pipeline:
             self._log(f"  {moves}: loss {swap.loss:.4f}")
         return refinement
 
+    def check_policy(self, policy: Policy, place: str) -> None:
+        """:raises InputError: if ``policy`` (called ``place`` in messages) does not belong to this run's model."""
+        check_policy(ImportanceTable.load(self.folder.file(IMPORTANCE)), policy, place)
+
     def finetune(self) -> None:
         """Fine-tune at the policy's bits and freeze."""
-        frozen, history = self._finetuned(Policy.load(self.folder.file(POLICY)), "finetune")
+        frozen, history = self._finetuned(POLICY, "finetune")
         metrics = self._evaluate(frozen)
         save_model(self.folder.file("model"), frozen)
         write_json(self.folder.file(MODEL_HISTORY), history.to_json())
@@ -360,7 +371,7 @@ class Pipeline:
 
     def finetune_uniform(self) -> None:
         """Fine-tune the uniform policy of the same budget under the same schedule, for comparison."""
-        frozen, history = self._finetuned(Policy.load(self.folder.file(UNIFORM_POLICY)), "uniform")
+        frozen, history = self._finetuned(UNIFORM_POLICY, "uniform")
         write_json(self.folder.file(UNIFORM_HISTORY), history.to_json())
         write_json(self.folder.file(UNIFORM_METRICS), self._evaluate(frozen))
 
@@ -400,8 +411,9 @@ class Pipeline:
         """Write summary.json."""
         metrics = {"float": FLOAT_METRICS, "int8": INT8_METRICS, "uniform": UNIFORM_METRICS, "mixed": MODEL_METRICS}
         uniform_policy = self.folder.file(UNIFORM_POLICY)
+        table = ImportanceTable.load(self.folder.file(IMPORTANCE))
         summary = summarize(
-            ImportanceTable.load(self.folder.file(IMPORTANCE)),
+            table,
             Policy.load(self.folder.file(POLICY)),
             Policy.load(uniform_policy) if uniform_policy.exists() else None,
             {
@@ -410,6 +422,7 @@ class Pipeline:
                 if self.folder.file(file).exists()
             },
             read_json(self.folder.file(VERIFICATION)),
+            limits_of(table, self.folder.config.budget, self._program()["latency"]),
         )
         write_json(self.folder.file(SUMMARY), summary)
 
@@ -462,8 +475,10 @@ class Pipeline:
             set_weights(quantized.model, original)
         return quantized
 
-    def _finetuned(self, policy: Policy, stage: str) -> tuple[nn.Module, History]:
+    def _finetuned(self, name: str, stage: str) -> tuple[nn.Module, History]:
         config = self.folder.config
+        policy = Policy.load(self.folder.file(name))
+        self.check_policy(policy, str(self.folder.file(name)))
         quantized = self._joint_model(config.keep_weights)
         result = finetune(
             quantized,
@@ -488,6 +503,12 @@ class Pipeline:
             model.to(self.device), self.data.validation, self.device, loss_fn=self.sources.loss
         )
         model.cpu()
+        if not math.isfinite(result.loss):
+            msg = (
+                f"The loss on the validation data is {result.loss}: the model's weights (or checkpoint), an input or "
+                "the loss function give NaN or an infinity. Look for them there."
+            )
+            raise InputError(msg)
         return {"accuracy": result.accuracy, "loss": result.loss, "samples": result.samples}
 
     def _log(self, text: str) -> None:
@@ -531,14 +552,14 @@ STAGES: Mapping[str, Stage] = {
         "Fine-tuning",
         "finetune",
         Pipeline.finetune,
-        (JOINT_MODEL, POLICY),
+        (FLOAT_MODEL, JOINT_MODEL, POLICY),
         (MODEL, MODEL_CONFIG, MODEL_METRICS, MODEL_HISTORY),
     ),
     "uniform": Stage(
         "Fine-tuning of the uniform policy",
         "finetune",
         Pipeline.finetune_uniform,
-        (JOINT_MODEL, UNIFORM_POLICY),
+        (FLOAT_MODEL, JOINT_MODEL, UNIFORM_POLICY),
         (UNIFORM_METRICS, UNIFORM_HISTORY),
         wanted=lambda folder: folder.config.uniform_baseline and folder.file(UNIFORM_POLICY).exists(),
     ),
@@ -551,7 +572,9 @@ STAGES: Mapping[str, Stage] = {
         wanted=lambda folder: folder.config.uniform_baseline,
     ),
     "export": Stage("Export", "export", Pipeline.export, (MODEL, MODEL_CONFIG), (ONNX, IR, IR_WEIGHTS)),
-    "verify": Stage("Verification", "verify", Pipeline.verify, (MODEL, ONNX, IR, IR_WEIGHTS), (VERIFICATION,)),
+    "verify": Stage(
+        "Verification", "verify", Pipeline.verify, (MODEL, MODEL_CONFIG, ONNX, IR, IR_WEIGHTS), (VERIFICATION,)
+    ),
     "summary": Stage(
         "Summary",
         "run",

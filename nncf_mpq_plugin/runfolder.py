@@ -57,7 +57,7 @@ class RunFolder:
             if restart and saved.exists():
                 for name in (*RESULTS, *RECORDS):
                     _remove(path / name)
-            changes = differences(read_json(saved), config.to_json()) if saved.exists() else []
+            changes = differences(Config.load(saved).to_json(), config.to_json()) if saved.exists() else []
             if changes and _left_anything(path):
                 lines = "\n".join(f"  {change}" for change in changes)
                 msg = (
@@ -103,7 +103,7 @@ class RunFolder:
     def is_done(self, stage: str, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
         """:return: whether the stage has run on the inputs as they are, and its outputs are there."""
         marker = self._marker(stage)
-        if not marker.exists() or not all(self.file(name).exists() for name in outputs):
+        if not marker.exists() or not all(self.file(name).exists() for name in (*inputs, *outputs)):
             return False
         return bool(read_json(marker) == self._digests(inputs))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nncf_mpq_plugin.costs import FLOAT_BITS, INT8, total_bitops, weight_bits
+from nncf_mpq_plugin.allocation import achieved_by
+from nncf_mpq_plugin.costs import FLOAT_BITS, INT8, Limit, total_bitops, weight_bits
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.types import SCHEMA_VERSION, ImportanceTable, LayerBits, LayerCost, Policy
 
@@ -80,12 +81,14 @@ def summarize(
     uniform: Policy | None,
     metrics: Mapping[str, Mapping[str, Any]],
     verification: Mapping[str, Any] | None,
+    limits: Sequence[Limit],
 ) -> dict[str, Any]:
     """
     :param uniform: the uniform policy within the same budget, where there is one.
     :param metrics: ``float``, ``mixed`` and, where they were measured, ``int8`` and ``uniform`` -> accuracy, loss,
         samples.
     :param verification: content of verify.json.
+    :param limits: the budgets; what the policy reaches is computed anew, for it may have been edited by hand.
     :return: a JSON-serialisable object.
     """
     entries = compare(table, policy, uniform)
@@ -93,10 +96,23 @@ def summarize(
         "schema_version": SCHEMA_VERSION,
         "model": table.model,
         "results": {name: {**dict(metrics.get(name, {})), **entry} for name, entry in entries.items()},
-        "budgets": policy.summary.get("budgets", {}),
+        "budgets": _budgets(table, policy, limits),
         "importance_unit": table.unit,
         "layers": layer_rows(table, policy),
         "verification": verification,
+    }
+
+
+def _budgets(table: ImportanceTable, policy: Policy, limits: Sequence[Limit]) -> dict[str, Any]:
+    reached = achieved_by(table, limits, policy.layers)
+    return {
+        limit.name: {
+            "requested": limit.requested,
+            "achieved": limit.achieved(reached[limit.name]),
+            "asked": limit.show(limit.requested),
+            "reached": limit.show(limit.achieved(reached[limit.name])),
+        }
+        for limit in limits
     }
 
 

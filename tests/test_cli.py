@@ -202,6 +202,14 @@ def test_a_read_only_place_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "--output" in err
 
 
+def test_a_damaged_config_of_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("[]")
+    code, _, err = run(capsys, "run", write_tiny(tmp_path), "--output", tmp_path / "run")
+    assert code == 2
+    assert "config.json: the file: expected an object" in err
+
+
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("")

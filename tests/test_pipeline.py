@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,17 @@ from runs import tiny, write_tiny
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nncf_mpq_plugin import Config, InputError, Listener, Pipeline, Policy, RunFolder, quantize, sources_of
+from nncf_mpq_plugin import (
+    Config,
+    InfeasibleBudgetError,
+    InputError,
+    Listener,
+    Pipeline,
+    Policy,
+    RunFolder,
+    quantize,
+    sources_of,
+)
 from nncf_mpq_plugin.batches import split_batch
 from nncf_mpq_plugin.cli import main
 from nncf_mpq_plugin.networks import digits_resnet
@@ -127,8 +138,10 @@ def test_an_edited_policy_is_trained_exported_and_verified_anew(run_copy: Path) 
     after = digests(run_copy)
     assert after["model/model.safetensors"] != before["model/model.safetensors"]
     assert after["float/model.safetensors"] == before["float/model.safetensors"]
-    rows = read_json(run_copy / "summary.json")["layers"]
-    assert {row["weight"] for row in rows} == {8}
+    summary = read_json(run_copy / "summary.json")
+    assert {row["weight"] for row in summary["layers"]} == {8}
+    budget = summary["budgets"]["average_bits"]  # the policy's own entry still tells of the policy before the edit
+    assert (budget["requested"], budget["achieved"]) == (16, 64)
 
 
 def test_each_stage_can_be_done_again_from_the_files_before_it(run_copy: Path) -> None:
@@ -265,6 +278,70 @@ def test_a_budget_that_cannot_be_met_is_exit_code_3_and_the_table_is_kept(
     assert not (folder / "policy.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("budgets", "error", "message"),
+    [
+        ({"compression_ratio": 30}, InfeasibleBudgetError, "nearest that exists"),
+        ({"latency_ratio": 0.5}, InputError, "latency_ratio"),
+    ],
+    ids=["too small", "latency without a table"],
+)
+def test_a_budget_that_cannot_be_met_is_noticed_before_training(
+    finished: Path, tmp_path: Path, budgets: dict[str, float], error: type[Exception], message: str
+) -> None:
+    value = tiny()
+    value["compression"]["initializer"]["precision"]["budgets"] = budgets
+    config = Config.from_json(value)
+    pipeline = Pipeline(RunFolder.create(tmp_path / "run", config), sources_of(config))
+    shutil.copytree(finished / "float", tmp_path / "run" / "float")
+    with pytest.raises(error, match=message):
+        pipeline.run_stage("importance")
+    assert not list((tmp_path / "run" / "state").rglob("*.safetensors"))
+
+
+def test_a_given_policy_takes_the_place_of_the_found_one(
+    run_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Policy.load(run_copy / "policy.json")
+    given = tmp_path / "given.json"
+    (run_copy / "policy.json").unlink()  # as if the search had not run yet
+    Policy(dict.fromkeys(found.layers, LayerBits(3, 4))).save(given)
+    assert main(["finetune", str(run_copy), "--policy", str(given)]) == 2
+    assert "given.json, layer 'blocks.0.conv1': 3 weight bits" in " ".join(capsys.readouterr().err.split())
+    assert Policy.load(run_copy / "policy.json").layers == found.layers
+    Policy(dict.fromkeys(found.layers, LayerBits(4, 8))).save(given)
+    assert main(["finetune", str(run_copy), "--policy", str(given)]) == 0
+    lines: list[str] = []
+    pipeline_of(run_copy, lines).run()
+    assert "Search: done already" in lines
+    assert set(Policy.load(run_copy / "policy.json").layers.values()) == {LayerBits(4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("gone", "stage", "command"),
+    [
+        ("float/model.safetensors", "finetune", "nncf-mpq run"),
+        ("joint/model.safetensors", "finetune", "nncf-mpq train-importance"),
+        ("model/nncf_config.json", "verify", "nncf-mpq finetune"),
+    ],
+    ids=["float", "joint", "config"],
+)
+def test_a_stage_that_was_done_needs_its_inputs_all_the_same(
+    run_copy: Path, gone: str, stage: str, command: str
+) -> None:
+    (run_copy / gone).unlink()
+    with pytest.raises(InputError, match=f"needs {gone}.*{command}"):
+        pipeline_of(run_copy).run_stage(stage)
+
+
+def test_a_loss_that_is_not_a_number_is_refused(finished: Path, tmp_path: Path) -> None:
+    pipeline = pipeline_of(tmp_path / "run", checkpoint=str(finished / "float" / "model.safetensors"))
+    pipeline.sources = dataclasses.replace(pipeline.sources, loss=lambda output, target: output.sum() * torch.nan)
+    with pytest.raises(InputError, match="validation data is nan"):
+        pipeline.run_stage("float")
+    assert not (tmp_path / "run" / "float").exists()
+
+
 class Wrapped(nn.Module):
     """A user's model: another name for its layers, and no class count anywhere."""
 
@@ -293,12 +370,14 @@ def test_quantize_takes_a_model_loaders_and_a_loss(finished: Path, tmp_path: Pat
         "joint_training": {"epochs": 1, "data_fraction": 0.2},
         "fine_tuning": {"epochs": 1, "data_fraction": 0.2},
         "uniform_baseline": False,
+        "precision": {"keep_weights": "trained"},
         "loss": loss,
         "output": tmp_path / "mine",
         "device": "cpu",
     }
     result = quantize(model, data.train, data.validation, **arguments)
     assert calls
+    assert Config.load(result.folder / "config.json").keep_weights == "trained"
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert set(result.policy.layers) >= {"body.blocks.0.conv1"}
     assert set(result.summary["results"]) == {"float", "int8", "uniform", "mixed"}
@@ -322,6 +401,8 @@ def test_quantize_names_a_setting_that_is_wrong(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)), 2)
     with pytest.raises(InputError, match=r"unknown key 'epoch'; did you mean 'epochs'\?"):
         quantize(Wrapped(), loader, loader, budgets={"bitops": 1e6}, output=tmp_path / "x", fine_tuning={"epoch": 1})
+    with pytest.raises(InputError, match="training loader is of type generator"):
+        quantize(Wrapped(), (x for x in loader), loader, budgets={"bitops": 1e6}, output=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
