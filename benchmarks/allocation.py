@@ -1,9 +1,9 @@
 """
 Bit-width search against other exact solvers, side by side in one process, on ResNet-50 and on synthetic tables.
 
-``python benchmarks/allocation.py TABLE [TABLE ...]``: the tables are ResNet-50's importance tables. Each solver gets the
-same arrays and builds and solves its own program, in turn, budget by budget; ``nncf-mpq`` runs its public ``search``,
-from the table and the budget to the checked policy. ``pip install .[bench]`` brings PuLP and SciPy.
+``python benchmarks/allocation.py TABLE [TABLE ...]``: the tables are ResNet-50's importance tables. Each solver gets
+the same arrays and builds and solves its own program, in turn, budget by budget; ``nncf-mpq`` runs its public
+``search``, from the table and the budget to the checked policy. ``pip install .[bench]`` brings PuLP and SciPy.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def plain_pulp(table: ImportanceTable, budget: Budget, problem: Problem) -> floa
 
 def highs(table: ImportanceTable, budget: Budget, problem: Problem) -> float | None:
     """The same program through scipy.optimize.milp, which is HiGHS, with its default gap."""
-    layers, choices = _choices(problem)
+    _, choices = _choices(problem)
     costs = problem.costs[tuple(choices.T)]
     one = sparse.csr_array((np.ones(len(choices)), (choices[:, 0], np.arange(len(choices)))))
     used = problem.resources[:, *choices.T] / problem.bounds[:, None]
