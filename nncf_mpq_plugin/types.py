@@ -319,6 +319,9 @@ class ImportanceTable:
                 if number < 0:
                     msg = f"{numbers.place}.{bit}: importance must not be negative, got {number}."
                     raise InputError(msg)
+                if number > LARGEST_IMPORTANCE:
+                    msg = f"{numbers.place}.{bit}: importance must be at most {LARGEST_IMPORTANCE:g}, got {number}."
+                    raise InputError(msg)
                 result[bit] = number
             return result
 
@@ -364,6 +367,7 @@ class ImportanceTable:
 
 
 _TABLE_KEYS = ("schema_version", "unit", "model", "source", "bits", "layers", "fixed_layers")
+LARGEST_IMPORTANCE = 1e100  # sums over layers stay finite
 _LAYER_KEYS = ("name", "macs", "weights", "activation_group", "importance", "weight_bits", "activation_bits")
 
 

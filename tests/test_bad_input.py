@@ -173,7 +173,7 @@ CASES = {
         with_budget(compression_ratio=30),
         3,
         r"compression_ratio = 30.*nearest that exists",
-        reached=("float", "importance"),
+        reached=FLOAT,
     ),
     "no CUDA": Case("no CUDA device", tiny(device="cuda"), 2, r"device: 'cuda' is asked for.*Use 'auto' or 'cpu'"),
 }

@@ -20,6 +20,7 @@ from nncf_mpq_plugin.allocation import search
 from nncf_mpq_plugin.cli import main
 from nncf_mpq_plugin.comparison import uniform
 from nncf_mpq_plugin.config import Config
+from nncf_mpq_plugin.costs import limits_of
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.report import write_report
 from nncf_mpq_plugin.report.contents import Contents
@@ -109,7 +110,8 @@ def write_run(path: Path, *, complete: bool = True, failures: tuple[str, ...] = 
         name: {"accuracy": accuracy, "loss": 0.25, "samples": 500}
         for name, accuracy in (("float", 0.9712), ("int8", 0.9705), ("mixed", 0.9634), ("uniform", 0.9456))
     }
-    summary = summarize(table(), solution.policy, even, metrics, read_json(folder.file("verify.json")))
+    limits = limits_of(table(), folder.config.budget)
+    summary = summarize(table(), solution.policy, even, metrics, read_json(folder.file("verify.json")), limits)
     write_json(folder.file("summary.json"), summary)
     return path
 

@@ -94,3 +94,10 @@ def test_keys_of_other_programs_are_left_alone() -> None:
     table = copy.deepcopy(TABLE) | {"comment": "measured twice"}
     table["layers"][0]["kind"] = "depthwise"
     assert ImportanceTable.from_json(table) == ImportanceTable.from_json(TABLE)
+
+
+def test_an_importance_beyond_what_sums_can_hold_is_refused():
+    value = copy.deepcopy(TABLE)
+    value["layers"][0]["importance"]["weight"]["2"] = 1e200
+    with pytest.raises(InputError, match=r"at most 1e\+100, got 1e\+200"):
+        ImportanceTable.from_json(value)
