@@ -13,6 +13,7 @@ nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF
 
 from networks import Branches, Residual, prepared  # noqa: E402
 
+from nncf_mpq_plugin.adapters.base import native_quantizers  # noqa: E402
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
@@ -109,7 +110,7 @@ def test_frozen_model_computes_the_same_but_for_bias_rounding(network, bits, req
 def test_frozen_quantizers_carry_bits_scales_and_full_range(residual):
     policy = {layer.cost.name: LayerBits(3, 5) for layer in residual.searchable}
     residual.select(policy)
-    quantizers = nncf3.native_quantizers(nncf3.freeze(residual))
+    quantizers = native_quantizers(nncf3.freeze(residual))
     weight = quantizers["pre_hooks.block1/conv1/conv2d/0__1.0"]
     assert (weight.num_bits, weight.level_low, weight.level_high) == (3, -4, 3)
     step = weight.scale.flatten() / weight.level_high
@@ -126,7 +127,7 @@ def test_frozen_quantizers_carry_bits_scales_and_full_range(residual):
 def test_frozen_weights_and_biases_lie_on_their_grids(residual):
     residual.select_uniform(4)
     frozen = nncf3.freeze(residual)
-    quantizers = nncf3.native_quantizers(frozen)
+    quantizers = native_quantizers(frozen)
     weight = quantizers["pre_hooks.block1/conv2/conv2d/0__1.0"]
     step = weight.scale.detach() / weight.level_high
     integers = frozen.block1.conv2.weight / step
@@ -148,11 +149,12 @@ import sys, torch
 sys.path.insert(0, "tests")
 from networks import Residual
 from nncf_mpq_plugin.adapters import nncf3
+from nncf_mpq_plugin.adapters.base import native_quantizers
 folder = sys.argv[1]
 model = nncf3.load_model(folder, Residual())
 io = torch.load(folder + "/io.pt", weights_only=True)
 assert torch.equal(model(io["x"]), io["y"])
-bits = {q.num_bits for q in nncf3.native_quantizers(model).values()}
+bits = {q.num_bits for q in native_quantizers(model).values()}
 assert bits == {2, 5, 8}, bits
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)

@@ -95,7 +95,7 @@ def test_the_summary_agrees_with_policy_table_and_budget(finished: Path) -> None
 
 
 def test_the_model_is_the_one_that_was_measured_and_has_the_policy_s_bits(finished: Path) -> None:
-    from nncf_mpq_plugin.adapters.nncf3 import native_quantizers
+    from nncf_mpq_plugin.adapters.base import native_quantizers
 
     pipeline = pipeline_of(finished)
     model = pipeline.frozen_model()

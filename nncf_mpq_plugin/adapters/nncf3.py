@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nncf_mpq_plugin.adapters.base import replace_hook
 from nncf_mpq_plugin.adapters.plan import (
     ADD,
     CONCAT,
@@ -254,10 +255,10 @@ def freeze(quantized: NNCFQuantizedModel) -> nn.Module:
             elif site.bias:
                 model.get_parameter(site.bias).copy_(rounded)
             hook = next(name for name, hook in storage.named_hooks() if hook is quantizer)
-            _replace_hook(storage, hook, _native(quantizer, step))
+            replace_hook(storage, hook, _native(quantizer, step))
         for name, hook in list(storage.named_hooks(remove_duplicate=False)):
             if isinstance(hook, MultiBitQuantizer) and hook.enabled:
-                _replace_hook(storage, name, _native(hook, hook.effective_scale()))
+                replace_hook(storage, name, _native(hook, hook.effective_scale()))
             elif isinstance(hook, MultiBitQuantizer):
                 storage.delete_hook(name)
     return model
@@ -299,30 +300,6 @@ def load_model(directory: str | Path, model: nn.Module) -> nn.Module:
         msg = f"{directory}: the saved quantized model does not fit this model ({error})."
         raise InputError(msg) from error
     return restored.eval()
-
-
-def native_quantizers(frozen: nn.Module) -> dict[str, SymmetricQuantizer]:
-    """:return: hook name -> NNCF quantizer of a frozen model, each name once (a quantizer may have several)."""
-    hooks = get_hook_storage(frozen).named_hooks(remove_duplicate=False)
-    return {name: hook for name, hook in hooks if isinstance(hook, SymmetricQuantizer)}
-
-
-@contextlib.contextmanager
-def replaced_quantizers(frozen: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    """
-    Use other modules in place of quantizers, for tracing.
-
-    :param replacements: hook name -> module.
-    """
-    storage = get_hook_storage(frozen)
-    originals = {name: storage.get_submodule(name) for name in replacements}
-    try:
-        for name, module in replacements.items():
-            _replace_hook(storage, name, module)
-        yield
-    finally:
-        for name, module in originals.items():
-            _replace_hook(storage, name, module)
 
 
 def quantize_to_int8(model: Any, calibration: Sequence[Any], ignored_scopes: Sequence[str] = ()) -> Any:
@@ -558,8 +535,3 @@ def _position(hook_name: str) -> Position:
     side, key, _ = hook_name.rsplit(".", 2)
     op, port = key.rsplit("__", 1)
     return Position(side.removesuffix("_hooks"), op.replace(":", "."), int(port))
-
-
-def _replace_hook(storage: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    storage.get_submodule(parent)._modules[key] = module

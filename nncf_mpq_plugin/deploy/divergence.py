@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
-from nncf_mpq_plugin.adapters.nncf3 import native_quantizers, replaced_quantizers
+from nncf_mpq_plugin.adapters.base import native_quantizers, replaced_quantizers
 from nncf_mpq_plugin.deploy.graph import is_marker, layer_nodes, marked_graph, quantized_tensors, tensor_name
 from nncf_mpq_plugin.deploy.runtimes import BATCH, OUTPUT
 
@@ -141,7 +142,7 @@ class Trace:
 
 
 class _Recorder(nn.Module):
-    def __init__(self, quantizer: nn.Module):
+    def __init__(self, quantizer: Any):
         super().__init__()
         self.quantizer = quantizer
         self.values: list[np.ndarray] = []

@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from nncf_mpq_plugin.adapters.nncf3 import native_quantizers, replaced_quantizers
+from nncf_mpq_plugin.adapters.base import native_quantizers, replaced_quantizers
 from nncf_mpq_plugin.errors import UnsupportedModelError
 
 OPSET = 17
