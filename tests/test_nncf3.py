@@ -213,3 +213,62 @@ def test_parameters_that_stay_in_floating_point_are_listed() -> None:
     assert {layer.cost.name for layer in quantized.layers} == {"first", "middle", "last"}
     assert quantized.floating_parameters == ("matrix", "up.weight")
     assert nncf3.place(prepared(Residual), images[:1], [images], bits=(2, 4)).floating_parameters == ()
+
+
+class SameNames(nn.Module):
+    """Blocks that are called with a keyword: NNCF's names of their operations lack the blocks' path."""
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+            self.bn = nn.BatchNorm2d(outputs)
+
+        def forward(self, x, scale=None):
+            return torch.relu(self.bn(self.conv(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(3, 8), self.Block(8, 12)])
+        self.conv = nn.Conv2d(12, 8, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x, scale=1.0)
+        return self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+def test_batch_norm_is_found_by_its_parameters():
+    quantized = placed(SameNames)
+    assert [quantized.sites[name].batch_norm for name in ("blocks.0.conv", "blocks.1.conv", "conv")] == [
+        "blocks.0.bn",
+        "blocks.1.bn",
+        "bn",
+    ]
+
+
+class SharedNorm(nn.Module):
+    """One batch norm behind two layers: folding it into one would change it for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.first(x)))
+        return self.fc(torch.relu(self.bn(self.second(x))).mean((2, 3)))
+
+
+def test_a_batch_norm_of_two_layers_is_not_folded():
+    quantized = placed(SharedNorm)
+    assert [quantized.sites[name].batch_norm for name in ("first", "second")] == [None, None]
+    quantized.select_uniform(4)
+    data = inputs()[0]
+    with torch.no_grad():
+        expected = quantized.model(data)
+        frozen = nncf3.freeze(copy.deepcopy(quantized))
+        assert (frozen(data) - expected).abs().max() < 0.1 * expected.std()

@@ -12,7 +12,8 @@ import fnmatch
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,7 @@ def _read_graph(
     costs: dict[str, tuple[int, int]] = {}
     linear: set[str] = set()
     constants = {n.node_name for n in graph.get_all_nodes() if n.metatype.__name__ == "PTConstNoopMetatype"}
+    norms = _foldable_norms(graph, model, constants)
     for node in graph.topological_sort():
         if node.node_name in constants:
             continue
@@ -443,20 +445,32 @@ def _read_graph(
             weight = model.get_parameter(weight_name)
             elements = torch.Size(outputs[0].tensor_shape).numel() if outputs else 0
             costs[name] = (elements // batch * (weight.numel() // weight.shape[0]), weight.numel())
-            norm = consumers[0].node_name.rsplit("/", 2) if len(consumers) == 1 else ["", "", ""]
-            norm_name = norm[0].replace("/", ".") if len(norm) == 3 and norm[1] == "batch_norm" else None
-            if norm_name is not None and not _is_foldable(model, norm_name):
-                norm_name = None
+            norm_name = norms.get(consumers[0].node_name) if len(consumers) == 1 else None
             sites[name] = LayerSite(node.node_name, weight_name, parameters.get(2), norm_name)
     return ops, sites, costs
 
 
-def _is_foldable(model: nn.Module, name: str) -> bool:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return False
-    return isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
+def _foldable_norms(graph: Any, model: nn.Module, constants: Collection[str]) -> dict[str, str]:
+    """
+    :return: operation -> module of each batch norm that can be folded into the layer before it. The module is that of
+        the operation's parameters: NNCF's names of operations do not always have the whole path of their module.
+    """
+    modules: dict[str, str] = {}
+    for node in graph.get_all_nodes():
+        if node.node_name.split("/")[-2:-1] == ["batch_norm"]:
+            tensors = {edge.from_node.node_name for edge in graph.get_input_edges(node)} & set(constants)
+            owners = {name.rpartition(".")[0] for name in tensors}
+            if len(owners) == 1:
+                modules[node.node_name] = owners.pop()
+    uses = Counter(modules.values())
+    return {
+        operation: name
+        for operation, name in modules.items()
+        if uses[name] == 1
+        and isinstance(module := model.get_submodule(name), _BatchNorm)
+        and module.affine
+        and module.running_mean is not None
+    }
 
 
 def _make_gammas_positive(model: nn.Module, sites: Sequence[LayerSite]) -> tuple[nn.Parameter, ...]:
