@@ -110,7 +110,7 @@ def reduce_to_policy(
     initialization: str = "trained",
 ) -> None:
     """
-    Keep one scale per quantizer, in place, and turn on ``snap`` behind stored tensors.
+    Keep one scale per quantizer, in place, and turn on ``snap``.
 
     :param policy: bit widths of the searchable layers.
     :param calibration: input batches; the first one suffices for ``trained``.
@@ -131,7 +131,7 @@ def reduce_to_policy(
     named = named_quantizers(quantized)
     for quantizer in named.values():
         quantizer.keep_only(quantizer.active)
-        quantizer.snap = quantizer.behind is not None
+        quantizer.snap = True
     from_statistics = initialization == "statistics"
     observed = [quantizer for quantizer in named.values() if quantizer.weight or from_statistics]
     for quantizer in observed:

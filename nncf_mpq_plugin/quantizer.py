@@ -76,6 +76,7 @@ class MultiBitQuantizer(nn.Module):
         self.enabled = True
         self._observed: list[Tensor] | None = None
         self.behind: MultiBitQuantizer | None = None
+        self.power_of_two = False
         self.snap = False
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -88,12 +89,15 @@ class MultiBitQuantizer(nn.Module):
         """
         The scale that forward really uses.
 
-        With ``snap`` on, a quantizer that reads a stored 8-bit tensor of step ``t`` uses ``t * p / 16`` with the
-        nearest odd p: then no stored integer k lies on a rounding tie, since ``k / (p/16) = m + 1/2`` would mean
-        ``32 k = p (2m + 1)``, even on one side and odd on the other. The gradient goes straight through to the
+        With ``snap`` on, a quantizer of the network's input uses the nearest power of two: dividing by it is exact, so
+        that every runtime rounds alike. A quantizer that reads a stored 8-bit tensor of step ``t`` uses ``t * p / 16``
+        with the nearest odd p: then no stored integer k lies on a rounding tie, since ``k / (p/16) = m + 1/2`` would
+        mean ``32 k = p (2m + 1)``, even on one side and odd on the other. The gradient goes straight through to the
         quantizer's own scale.
         """
         scale = self.scale()
+        if self.snap and self.power_of_two:
+            return _StraightThrough.apply(scale, torch.exp2(scale.detach().log2().round()))
         if not self.snap or self.behind is None:
             return scale
         stored = self.behind.effective_scale().detach()

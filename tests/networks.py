@@ -60,6 +60,32 @@ class Branches(nn.Module):
         return self.head(torch.relu(self.hidden(x.mean((2, 3)))))
 
 
+class Inverted(nn.Module):
+    """Inverted residuals with ReLU6 and linear bottlenecks, as in MobileNetV2, average and max pooling of windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.expand = nn.Conv2d(8, 24, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.depthwise = nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False)
+        self.bn2 = nn.BatchNorm2d(24)
+        self.project = nn.Conv2d(24, 8, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 16, 1, bias=False)
+        self.bn4 = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(nn.functional.relu6(self.bn(self.stem(x))), 2)
+        y = nn.functional.relu6(self.bn1(self.expand(x)))
+        y = nn.functional.relu6(self.bn2(self.depthwise(y)))
+        x = x + self.bn3(self.project(y))
+        x = nn.functional.relu6(self.bn4(self.last(nn.functional.avg_pool2d(x, 2))))
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class SqueezeExcite(nn.Module):
     """An inverted residual with squeeze-and-excitation (hard sigmoid) and hard swish, as in MobileNetV3."""
 

@@ -14,6 +14,7 @@ nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF
 from networks import Branches, Residual, prepared  # noqa: E402
 
 from nncf_mpq_plugin.adapters.base import native_quantizers  # noqa: E402
+from nncf_mpq_plugin.adapters.ties import TOLERANCE  # noqa: E402
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
@@ -97,7 +98,7 @@ def test_uniform_high_bits_stay_close_to_floating_point(residual):
 
 @pytest.mark.parametrize("network", [Residual, Branches])
 @pytest.mark.parametrize("bits", [2, 4, 6])
-def test_frozen_model_computes_the_same_but_for_bias_rounding(network, bits, request):
+def test_frozen_model_computes_the_same_but_for_small_changes_of_steps_and_biases(network, bits, request):
     quantized = request.getfixturevalue(network.__name__.lower())
     quantized.select_uniform(bits)
     x = inputs()[0]
@@ -117,7 +118,7 @@ def test_frozen_quantizers_carry_bits_scales_and_full_range(residual):
     norm = residual.model.block1.bn1
     factor = norm.weight / (norm.running_var + norm.eps).sqrt()
     learned = residual.weight_quantizers["block1.conv1"].effective_scale()
-    torch.testing.assert_close(step, (learned * factor).detach())
+    torch.testing.assert_close(step, (learned * factor).detach(), rtol=4 * TOLERANCE, atol=0)
     first = quantizers["pre_hooks.stem/conv2d/0__1.0"]
     assert (first.num_bits, first.level_low, first.level_high) == (8, -64, 63)
     activation = quantizers["pre_hooks.block1/conv1/conv2d/0__0.0"]

@@ -14,11 +14,12 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nncf
+import numpy as np
 import torch
 from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
 from nncf.torch.function_hook import get_hook_storage
@@ -42,6 +43,7 @@ from nncf_mpq_plugin.adapters.plan import (
     Position,
     make_plan,
 )
+from nncf_mpq_plugin.adapters.ties import Steps, read_sums, tie_free
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 from nncf_mpq_plugin.files import written_atomically
 from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel, resolve_fixed
@@ -77,6 +79,8 @@ FLOAT_FUNCTIONS = (
     "bmm",
     "softmax",
 )
+CLIPS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (None, None), "clip": (None, None)}
+WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 SMALLEST_GAMMA = 1e-4
 
 _TRANSPARENT = frozenset(DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.QUANTIZATION_AGNOSTIC])
@@ -107,10 +111,12 @@ class NNCFQuantizedModel(QuantizedModel):
 
     :param sites: layer name -> where it lives.
     :param plan: positions of the activation quantizers.
+    :param ops: the model's operations in topological order.
     """
 
     sites: Mapping[str, LayerSite] = None  # type: ignore[assignment]
     plan: Plan = None  # type: ignore[assignment]
+    ops: tuple[Op, ...] = ()
 
     @property
     def floating_parameters(self) -> tuple[str, ...]:
@@ -165,6 +171,7 @@ def place(
     by_position: dict[Position, MultiBitQuantizer] = {}
     for tensor in plan.stored:
         by_position[tensor.position] = MultiBitQuantizer((8,), signed=tensor.signed)
+        by_position[tensor.position].power_of_two = _reads_input(tensor.position, ops)
         storage.insert_hook_by_name(_hook_name(tensor.position), by_position[tensor.position])
     stored = {_hook_name(tensor.position): by_position[tensor.position] for tensor in plan.stored}
     activations: dict[str, MultiBitQuantizer] = {}
@@ -178,6 +185,7 @@ def place(
         else:
             quantizer = MultiBitQuantizer(bits if reader.bits is None else (reader.bits,), signed=reader.signed)
             quantizer.behind = behind
+            quantizer.power_of_two = _reads_input(reader.positions[0], ops)
             for position in reader.positions:
                 storage.insert_hook_by_name(_hook_name(position), quantizer)
             activations[group] = quantizer
@@ -206,6 +214,7 @@ def place(
         positive=positive,
         sites={name: sites[name] for name in weights},
         plan=plan,
+        ops=tuple(ops),
     )
     _calibrate(result, calibration)
     return result
@@ -219,35 +228,34 @@ def freeze(quantized: NNCFQuantizedModel) -> nn.Module:
     biases on the accumulator's (multiples of weight step x input step), as integer kernels compute. The batch norm
     modules stay, as identities that carry the bias, so that the names in the state dict are the original model's.
 
+    Steps then move by less than half a percent, so that no rounding tie can be reached; see
+    :mod:`nncf_mpq_plugin.adapters.ties`.
+
     :param quantized: a fine-tuned model; it is not changed.
-    :return: a copy in evaluation mode; the outputs equal ``quantized``'s but for the rounding of the biases.
+    :return: a copy in evaluation mode; the outputs equal ``quantized``'s but for these changes of steps and biases.
     """
     quantized = copy.deepcopy(quantized)
     model = quantized.model.eval()
     storage = get_hook_storage(model)
+    for quantizer in quantizers_of(model):
+        quantizer.snap = True
     with torch.no_grad():
+        integers, folded, biases = {}, {}, {}
+        for layer in quantized.layers:
+            name = layer.cost.name
+            integers[name], folded[name], biases[name] = _fold(quantized, name)
+        steps, activations = _tie_free_steps(quantized, folded)
         for layer in quantized.layers:
             site = quantized.sites[layer.cost.name]
             weight = model.get_parameter(site.weight)
             quantizer = quantized.weight_quantizers[layer.cost.name]
-            low, high = quantizer.integer_range()
-            shape = (-1,) + (1,) * (weight.dim() - 1)
-            step = quantizer.effective_scale().double().expand((weight.shape[0], *shape[1:])).clone()
-            integers = (weight / step.float()).round().clamp(low, high).double()
-            bias = model.get_parameter(site.bias).double() if site.bias else torch.zeros(weight.shape[0]).double()
-            norm: Any = None
-            if site.batch_norm is not None:
-                norm = model.get_submodule(site.batch_norm)
-                factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-                bias = norm.bias.double() + (bias - norm.running_mean.double()) * factor
-                step *= factor.reshape(shape)
-            step = step.float()
-            weight.copy_(integers.float() * step)
-            reader = quantized.activation_quantizers[layer.cost.activation_group]
-            source = reader if reader.enabled else reader.behind
-            rounded = bias
-            if source is not None and source.enabled:  # an integer kernel's bias lies on the accumulator's grid
-                unit = step.flatten().double() * source.effective_scale().double()
+            step = steps[layer.cost.name].reshape((-1,) + (1,) * (weight.dim() - 1))
+            weight.copy_(integers[layer.cost.name].float() * step)
+            norm: Any = None if site.batch_norm is None else model.get_submodule(site.batch_norm)
+            source = _input_quantizer(quantized, layer)
+            rounded = bias = biases[layer.cost.name]
+            if source is not None:  # an integer kernel's bias lies on the accumulator's grid
+                unit = step.flatten().double() * activations[source].double()
                 rounded = (bias / unit).round() * unit
             if norm is not None:
                 _make_identity(norm, rounded)
@@ -259,10 +267,64 @@ def freeze(quantized: NNCFQuantizedModel) -> nn.Module:
             replace_hook(storage, hook, _native(quantizer, step))
         for name, hook in list(storage.named_hooks(remove_duplicate=False)):
             if isinstance(hook, MultiBitQuantizer) and hook.enabled:
-                replace_hook(storage, name, _native(hook, hook.effective_scale()))
+                replace_hook(storage, name, _native(hook, activations[hook]))
             elif isinstance(hook, MultiBitQuantizer):
                 storage.delete_hook(name)
     return model
+
+
+def _fold(quantized: NNCFQuantizedModel, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """:return: a layer's integers, and its weight steps ``[out]`` and bias with the batch norm behind it folded in."""
+    model, site, quantizer = quantized.model, quantized.sites[name], quantized.weight_quantizers[name]
+    weight = model.get_parameter(site.weight)
+    low, high = quantizer.integer_range()
+    step = quantizer.effective_scale().expand((weight.shape[0],) + (1,) * (weight.dim() - 1))
+    integers = (weight / step).round().clamp(low, high)
+    step = step.flatten().double()
+    bias = model.get_parameter(site.bias).double() if site.bias else torch.zeros_like(step)
+    if site.batch_norm is not None:
+        norm: Any = model.get_submodule(site.batch_norm)
+        factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        bias = norm.bias.double() + (bias - norm.running_mean.double()) * factor
+        step = step * factor
+    return integers, step, bias
+
+
+def _input_quantizer(quantized: NNCFQuantizedModel, layer: PlacedLayer) -> MultiBitQuantizer | None:
+    reader = quantized.activation_quantizers[layer.cost.activation_group]
+    source = reader if reader.enabled else reader.behind
+    return source if source is not None and source.enabled else None
+
+
+def _tie_free_steps(
+    quantized: NNCFQuantizedModel, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[MultiBitQuantizer, Tensor]]:
+    """:return: layer -> weight steps ``[out]``, activation quantizer -> step ``[1]``."""
+    hooks = get_hook_storage(quantized.model).named_hooks(remove_duplicate=False)
+    positions = {_position(name): hook for name, hook in hooks if isinstance(hook, MultiBitQuantizer)}
+    sites = {quantized.sites[layer.cost.name].op: layer for layer in quantized.layers}
+    positions = {position: hook for position, hook in positions.items() if hook.enabled and not hook.weight}
+    names = {hook: _hook_name(position) for position, hook in reversed(positions.items())}
+    inputs = {
+        op: names[hook] for op, layer in sites.items() if (hook := _input_quantizer(quantized, layer)) is not None
+    }
+    found = tie_free(
+        read_sums(quantized.ops, {position: names[hook] for position, hook in positions.items()}),
+        Steps(
+            {name: float(hook.effective_scale()) for hook, name in names.items()},
+            {op: weights[layer.cost.name].cpu().numpy() for op, layer in sites.items() if op in inputs},
+        ),
+        inputs,
+        {name: hook.integer_range()[1] for hook, name in names.items()},
+    )
+    steps = {}
+    for op, layer in sites.items():
+        before = weights[layer.cost.name]
+        steps[layer.cost.name] = torch.from_numpy(found.weights[op]).to(before) if op in inputs else before
+    return (
+        {name: step.float() for name, step in steps.items()},
+        {hook: hook.scale().new_tensor([found.quantizers[name]]) for hook, name in names.items()},
+    )
 
 
 def save_model(directory: str | Path, frozen: nn.Module) -> None:
@@ -400,6 +462,7 @@ def _read_graph(
     sites: dict[str, LayerSite] = {}
     costs: dict[str, tuple[int, int]] = {}
     linear: set[str] = set()
+    folded: set[str] = set()
     constants = {n.node_name for n in graph.get_all_nodes() if n.metatype.__name__ == "PTConstNoopMetatype"}
     norms = _foldable_norms(graph, model, constants)
     for node in graph.topological_sort():
@@ -429,7 +492,8 @@ def _read_graph(
         is_linear = kind == WEIGHTED or (function == "batch_norm" and all(p in linear for p in producers))
         if is_linear:
             linear.add(node.node_name)
-        ops.append(Op(node.node_name, kind, inputs, is_linear))
+        averaged, bounds = (1, ()) if kind == TRANSPARENT else _averaged(node, graph)
+        ops.append(Op(node.node_name, kind, inputs, is_linear, averaged, bounds))
         if kind == WEIGHTED:
             weight_name = parameters.get(1)
             name = (weight_name or "").removesuffix(".weight")
@@ -447,7 +511,37 @@ def _read_graph(
             costs[name] = (elements // batch * (weight.numel() // weight.shape[0]), weight.numel())
             norm_name = norms.get(consumers[0].node_name) if len(consumers) == 1 else None
             sites[name] = LayerSite(node.node_name, weight_name, parameters.get(2), norm_name)
-    return ops, sites, costs
+            if norm_name is not None:
+                folded.add(consumers[0].node_name)
+    return [replace(op, averaged=1) if op.name in folded else op for op in ops], sites, costs
+
+
+def _averaged(node: Any, graph: Any) -> tuple[int | None, tuple[float, ...]]:
+    """:return: :attr:`Op.averaged` and :attr:`Op.bounds` of an operation that NNCF does not list as transparent."""
+    function = node.node_name.split("/")[-2].removesuffix("_") if "/" in node.node_name else ""
+    positional = list(node.layer_attributes.op_args)[1:] if node.layer_attributes is not None else []
+    named = node.layer_attributes.op_kwargs if node.layer_attributes is not None else {}
+    if function == "relu":
+        return 1, ()
+    if function in CLIPS:
+        bounds = list(CLIPS[function])
+        bounds[: len(positional)] = positional[:2]
+        values = [
+            named.get(f"{end}_val", named.get(end, bound)) for end, bound in zip(("min", "max"), bounds, strict=True)
+        ]
+        if all(value is None or isinstance(value, (int, float)) for value in values):
+            return 1, tuple(float(value) for value in values if value is not None)
+    if function == "mean" or function.startswith("adaptive_avg_pool"):
+        before = torch.Size(graph.get_input_edges(node)[0].tensor_shape).numel()
+        after = torch.Size(graph.get_output_edges(node)[0].tensor_shape).numel()
+        return (before // after if before % after == 0 else None), ()
+    if function in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
+        window = {**dict(zip(WINDOWS, positional, strict=False)), **named}
+        uneven = window.get("ceil_mode") or window.get("divisor_override")
+        padded = np.any(window.get("padding", 0)) and not window.get("count_include_pad", True)
+        sizes = np.broadcast_to(window["kernel_size"], int(function[-2]))
+        return (None if uneven or padded else int(sizes.prod())), ()
+    return None, ()
 
 
 def _foldable_norms(graph: Any, model: nn.Module, constants: Collection[str]) -> dict[str, str]:
@@ -539,6 +633,17 @@ def _native(quantizer: MultiBitQuantizer, step: Tensor) -> SymmetricQuantizer:
     native = SymmetricQuantizer(spec)
     native._scale_param_storage.data.copy_(step.detach() * native.level_high)
     return native.to(step.device)
+
+
+def _reads_input(position: Position, ops: Sequence[Op]) -> bool:
+    """:return: whether a quantizer reads the network's input itself."""
+    by_name = {op.name: op for op in ops}
+    producer: str | None = position.op
+    if position.side == "pre":
+        producer = by_name[position.op].inputs.get(position.port, (None, 0))[0]
+    while producer is not None and by_name[producer].kind == TRANSPARENT and by_name[producer].inputs:
+        producer = next(iter(by_name[producer].inputs.values()))[0]
+    return producer is not None and not by_name[producer].inputs and by_name[producer].kind == OTHER
 
 
 def _hook_name(position: Position) -> str:

@@ -37,12 +37,17 @@ class Op:
         ``add`` (of two activations); ``float`` (normalisation or attention: reads floating point); ``other``.
     :param inputs: input port -> tensor, activations only.
     :param linear_output: whether its output is a weighted layer's, possibly through batch norm, without activation.
+    :param averaged: number of values that each of its outputs is the average of; 1 where it moves, selects or clips
+        values (or is a batch norm that is folded); None where it computes something else.
+    :param bounds: values that it clips at.
     """
 
     name: str
     kind: str
     inputs: Mapping[int, Tensor]
     linear_output: bool = False
+    averaged: int | None = None
+    bounds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, order=True)

@@ -40,6 +40,7 @@ class _Rewriter:
         for node in [node for node in self.nodes if node.op_type == "Identity" and node.input[0] in self.constants]:
             self.constants[node.output[0]] = self.constants[node.input[0]]
             self.nodes.remove(node)
+        self.inputs = {item.name for item in self.graph.input}
         self.scales: dict[str, float] = {}  # tensor on an activation grid -> step
         self.weight_scales: dict[str, np.ndarray] = {}  # dequantized weight -> step by output channel
 
@@ -132,15 +133,22 @@ class _Rewriter:
         low, high = low + zero, high + zero
         scale = self.constant(f"{output}.scale", np.float32(step))
         zero_point = self.constant(f"{output}.zero_point", np.uint8(zero))
-        nodes = [
-            helper.make_node("QuantizeLinear", [node.input[0], scale, zero_point], [f"{output}.q"], f"{output}.q"),
+        source, zero_before = node.input[0], zero_point
+        nodes = []
+        if zero and source in self.inputs:  # NNCF adds the zero point before it rounds, which rounds the sum itself
+            offset = self.constant(f"{output}.offset", np.float32(step * zero))
+            zero_before = self.constant(f"{output}.no_zero_point", np.uint8(0))
+            nodes.append(helper.make_node("Add", [source, offset], [f"{output}.shifted"], f"{output}.shifted"))
+            source = f"{output}.shifted"
+        nodes += [
+            helper.make_node("QuantizeLinear", [source, scale, zero_before], [f"{output}.q"], f"{output}.q"),
             helper.make_node("DequantizeLinear", [f"{output}.q", scale, zero_point], [output], output),
         ]
         if (low, high) != (0, 255):
             bounds = [self.constant(f"{output}.low", np.uint8(low)), self.constant(f"{output}.high", np.uint8(high))]
             clip = helper.make_node("Clip", [f"{output}.q", *bounds], [f"{output}.clip"], f"{output}.clip")
-            nodes.insert(1, clip)
-            nodes[2].input[0] = f"{output}.clip"
+            nodes.insert(-1, clip)
+            nodes[-1].input[0] = f"{output}.clip"
         self.scales[output] = step
         return nodes
 

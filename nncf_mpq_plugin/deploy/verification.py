@@ -3,7 +3,8 @@ Does the exported model compute what was trained?
 
 Rounding in a quantized network turns differences of 1e-7 into whole steps where a value lies next to a rounding
 threshold, so torch in float32 does not agree with torch in float64 on every sample either. The contract measures an
-exported model against that: a runtime passes if it agrees with torch as well as torch agrees with itself.
+exported model against that: a runtime passes if it agrees with torch as well as torch agrees with itself. Where the
+certificate of :mod:`nncf_mpq_plugin.deploy.margins` covers every quantized tensor, it has to agree on every sample.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from nncf_mpq_plugin.deploy.divergence import Divergence, Runner, Trace
+from nncf_mpq_plugin.deploy.graph import marked_graph
+from nncf_mpq_plugin.deploy.margins import Certificate, certify
+from nncf_mpq_plugin.deploy.onnx import to_standard_operators
 from nncf_mpq_plugin.deploy.runtimes import BATCH, OUTPUT, run_onnxruntime, run_openvino
 from nncf_mpq_plugin.errors import InputError, VerificationError
 
@@ -63,11 +67,13 @@ class VerifyReport:
 
     :param samples: number of samples compared.
     :param torch_float64: how torch in float64 agrees with torch in float32: the model's own noise.
+    :param certificate: which tensors cannot be rounded differently, and why others can.
     :param runtimes: each runtime and file; default properties are left out where ``ONEDNN_MAX_CPU_ISA`` is set.
     """
 
     samples: int
     torch_float64: Agreement
+    certificate: Certificate
     runtimes: tuple[Agreement, ...]
 
     @property
@@ -82,6 +88,7 @@ class VerifyReport:
             "ok": self.ok,
             "samples": self.samples,
             "torch_float64": asdict(self.torch_float64),
+            "certificate": self.certificate.to_json(),
             "runtimes": [asdict(runtime) for runtime in self.runtimes],
         }
 
@@ -121,16 +128,17 @@ def verify(frozen: nn.Module, path: str | Path, samples: Iterable[Tensor], limit
         exact = _output(torch.cat([_single(double(x.double())) for x in inputs.split(BATCH)]))
         frozen.float()
     noise = _compare("torch float64", exact, reference, None, required=False)
+    certificate = certify(to_standard_operators(marked_graph(frozen, inputs[:1])))
     runtimes = []
     for name, (run, required) in runners.items():
         output = _output(run(inputs.numpy(), [])[OUTPUT])
-        found = _compare(name, output, reference, (noise, exact), required)
+        found = _compare(name, output, reference, (noise, exact), required, certificate.complete)
         if required and found.failures:
             difference = np.nan_to_num(np.abs(output - reference), nan=np.inf).max(1)
             worst = np.sort(np.argsort(-difference, kind="stable")[:TRACED_SAMPLES])
             found = replace(found, divergence=Trace(frozen, inputs[worst]).first_divergence(run))
         runtimes.append(found)
-    return VerifyReport(len(inputs), noise, tuple(runtimes))
+    return VerifyReport(len(inputs), noise, certificate, tuple(runtimes))
 
 
 def _runners(path: Path) -> dict[str, tuple[Runner, bool]]:
@@ -171,7 +179,12 @@ def _take(samples: Iterable[Tensor], limit: int) -> Tensor:
 
 
 def _compare(
-    name: str, output: np.ndarray, reference: np.ndarray, own: tuple[Agreement, np.ndarray] | None, required: bool
+    name: str,
+    output: np.ndarray,
+    reference: np.ndarray,
+    own: tuple[Agreement, np.ndarray] | None,
+    required: bool,
+    certified: bool = False,
 ) -> Agreement:
     scale = float(reference.std()) or 1.0
     difference = np.abs(output - reference) / scale
@@ -189,7 +202,9 @@ def _compare(
         clear = margin > 2 * spread
         decided = float(same[clear].mean()) if clear.any() else 1.0
         allowed = noise.agreeing - max(SHARE_TOLERANCE, 2 / len(reference))
-        if agreeing < allowed:
+        if certified and agreeing < 1.0:
+            failures.append(f"{agreeing:.1%} of samples agree, the certificate promises all")
+        elif agreeing < allowed:
             failures.append(f"{agreeing:.1%} of samples agree, torch's own float64 agrees on {noise.agreeing:.1%}")
         limit = max(MEAN_TOLERANCE, 2 * noise.mean_difference)
         if not mean <= limit:

@@ -1,0 +1,266 @@
+"""
+Steps without rounding ties: what makes a deployed network agree with the trained one by construction.
+
+What reaches a quantizer of step ``s`` in a network of weighted layers, additions, ReLU and pooling is a sum of integers
+times units: an accumulator times (weight step x input step) for a layer, an integer times the step of an earlier
+quantizer for a residual path, either divided by n behind an average of n values. Rounding falls differently in two
+runtimes where such a value lies next to a tie, ``(m + 1/2) s``. If every unit is ``p/q s`` with one *odd* q, a tie
+would mean ``2 (p_1 k_1 + p_2 k_2 + ...) = q (2m + 1)``, even on one side and odd on the other. So none exists, and the
+nearest value is ``s / 2q`` away: with q of a few hundred, a hundred times the error of floating-point arithmetic.
+
+:func:`tie_free` moves steps by at most :data:`TOLERANCE` to such fractions, with the smallest q. Integers stay as they
+are.
+
+Pure functions on the graph of :mod:`nncf_mpq_plugin.adapters.plan`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from nncf_mpq_plugin.adapters.plan import ADD, CONCAT, WEIGHTED, Op, Position
+from nncf_mpq_plugin.adapters.plan import Tensor as TensorName
+
+TOLERANCE = 2.0**-8
+"""Largest relative change of a step: at 8 bits, it moves the largest value by one step."""
+LARGEST_DENOMINATOR = 2**19
+"""Of a fraction, over the number of levels: a margin of 2^-20 of the range is the least that float32 leaves."""
+FIRST_SEARCH = 2**11
+"""Denominators that are tried before all others; most fractions are among them."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """
+    One summand of what a quantizer reads.
+
+    :param source: a quantizer's name, a weighted operation, or empty for the bound that an activation clips at.
+    :param divisor: number of values that it is averaged over.
+    :param bound: the clipping bound.
+    """
+
+    source: str
+    divisor: int = 1
+    bound: float = 0.0
+
+
+Sums = list[tuple[Term, ...]]
+"""What a tensor can hold: one of these sums (by channel, behind a concatenation)."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """
+    :param quantizers: activation quantizer -> step.
+    :param weights: weighted operation -> steps ``[out]``.
+    """
+
+    quantizers: Mapping[str, float]
+    weights: Mapping[str, np.ndarray]
+
+
+def read_sums(ops: Sequence[Op], positions: Mapping[Position, str]) -> dict[str, Sums | None]:
+    """
+    What each quantizer reads.
+
+    :param ops: the model's operations in topological order.
+    :param positions: where the quantizers stand -> their names.
+    :return: quantizer -> sums, in topological order; None where an operation makes values of no known unit.
+    """
+    names = set(positions.values())
+    known: dict[TensorName, Sums | None] = {}
+
+    def arriving(op: Op, port: int) -> Sums | None:
+        for position in (Position("pre", op.name, port), Position("post", *op.inputs[port])):
+            if position in positions:
+                return [(Term(positions[position]),)]
+        return known.get(op.inputs[port])
+
+    found: dict[str, Sums | None] = {}
+    for op in ops:
+        for port in op.inputs:
+            if (name := positions.get(Position("pre", op.name, port))) is not None:
+                behind = positions.get(Position("post", *op.inputs[port]))
+                found.setdefault(name, [(Term(behind),)] if behind else known.get(op.inputs[port]))
+        arrived = [arriving(op, port) for port in op.inputs]
+        made = _made(op, arrived, names)
+        outputs = {0} | {port for other in ops for name, port in other.inputs.values() if name == op.name}
+        for port in sorted(outputs):
+            known[op.name, port] = made
+            if (name := positions.get(Position("post", op.name, port))) is not None:
+                found.setdefault(name, made)
+    return found
+
+
+def _made(op: Op, arrived: Sequence[Sums | None], quantizers: Collection[str]) -> Sums | None:
+    """:return: the sums that an operation makes of those that arrive."""
+    if op.kind == WEIGHTED:
+        read = arrived[0] if arrived else None
+        integers = read is not None and len(read) == 1 and len(read[0]) == 1 and read[0][0].source in quantizers
+        return [(Term(op.name),)] if integers else None
+    if not arrived or any(sums is None for sums in arrived):
+        return None
+    known = [sums for sums in arrived if sums is not None]
+    if op.kind == ADD:
+        return [one + other for one in known[0] for other in known[1]]
+    if op.kind == CONCAT:
+        return list(dict.fromkeys(total for sums in known for total in sums))
+    if op.averaged is None or len(known) != 1:
+        return None
+    sums = known[0]
+    if op.averaged > 1:  # values that were clipped and others meet in one average
+        bounds = tuple(term for total in sums for term in total if not term.source)
+        plain = [total for total in sums if any(term.source for term in total)] or [()]
+        sums = [
+            tuple(
+                Term(term.source, term.divisor * op.averaged, term.bound) for term in dict.fromkeys((*total, *bounds))
+            )
+            for total in plain
+        ]
+    return sums + [(Term("", 1, abs(bound)),) for bound in op.bounds if bound]
+
+
+def tie_free(
+    sums: Mapping[str, Sums | None], steps: Steps, inputs: Mapping[str, str], highest: Mapping[str, int]
+) -> Steps:
+    """
+    Move steps so that no rounding tie can be reached.
+
+    :param sums: what :func:`read_sums` found.
+    :param steps: as trained.
+    :param inputs: weighted operation -> quantizer of its input.
+    :param highest: quantizer -> its largest integer; clipping above it decides nothing.
+    :return: steps, each within :data:`TOLERANCE` of the trained one (weights' steps: relative to those of the tensors
+        around them). What cannot be placed keeps its step.
+    """
+    quantizers = dict(steps.quantizers)
+    weights = {name: np.array(step, np.float64) for name, step in steps.weights.items()}
+    exact: dict[str, tuple[str, Fraction]] = {}  # quantizer -> what its step is an exact multiple of, and the multiple
+    bases: dict[str, float] = {}
+    placed: set[str] = set()
+    for name, read in sums.items():
+        read = read or []
+        largest = LARGEST_DENOMINATOR // (highest[name] + 1)
+        together = {term: None for total in read for term in total if term.source in exact}
+        fixed = list(together)
+        bound = next((t for total in read for t in total if _matters(t, quantizers[name], highest[name])), None)
+        if not fixed and bound is not None:
+            base = f"bound {bound.bound}"
+            bases[base] = bound.bound
+            fraction = _nearest_step([Fraction(1, bound.divisor)], bound.bound, quantizers[name], largest)
+        elif fixed:
+            base = exact[fixed[0].source][0]
+            multiples = [
+                multiple / term.divisor for term in fixed for of, multiple in [exact[term.source]] if of == base
+            ]
+            fraction = _nearest_step(multiples, bases[base], quantizers[name], largest)
+        else:
+            base, fraction = _beside(name, sums, quantizers, exact, bases, largest)
+        if fraction is not None:
+            quantizers[name] = bases[base] * float(fraction)
+            exact[name] = (base, fraction)
+        else:
+            bases[name] = quantizers[name]
+            exact[name] = (name, Fraction(1))
+        for total in read:
+            free = [term for term in total if term.source in weights and term.source not in placed]
+            common = _common_denominator(total, name, exact, bases)
+            _place_layers(free, common, quantizers[name], weights, quantizers, inputs, largest)
+            placed.update(term.source for term in free)
+    return Steps(quantizers, weights)
+
+
+def _matters(term: Term, step: float, highest: int) -> bool:
+    return not term.source and (term.divisor > 1 or term.bound < (highest + 1) * step)
+
+
+def _beside(
+    name: str,
+    sums: Mapping[str, Sums | None],
+    quantizers: Mapping[str, float],
+    exact: Mapping[str, tuple[str, Fraction]],
+    bases: Mapping[str, float],
+    largest: int,
+) -> tuple[str, Fraction | None]:
+    """A quantizer that reads layers only: where it is added to another later, its step is a multiple of that one's."""
+    for read in sums.values():
+        for total in read or []:
+            own = next((term for term in total if term.source == name), None)
+            other = next((term for term in total if term.source in exact), None)
+            if own is not None and other is not None:
+                base, multiple = exact[other.source]
+                unit = multiple * own.divisor / other.divisor
+                for p, q in _fractions(quantizers[name] / (bases[base] * float(unit)), largest):
+                    if p % 2:
+                        return base, unit * Fraction(p, q)
+    return name, None
+
+
+def _fractions(ratio: float, largest: int) -> Iterator[tuple[int, int]]:
+    """:return: p, q with q odd and p/q within the tolerance of ``ratio``, smallest q first."""
+    for q in range(1, largest, 2):
+        p = round(ratio * q)
+        if p and abs(p / q / ratio - 1) <= TOLERANCE:
+            yield p, q
+
+
+def _nearest_step(multiples: Sequence[Fraction], base: float, step: float, largest: int) -> Fraction | None:
+    """:return: the step, in units of ``base``, of which all multiples are fractions with odd denominators."""
+    for p, q in _fractions(base * float(multiples[0]) / step, largest):
+        candidate = multiples[0] * Fraction(q, p)
+        if all((multiple / candidate).denominator % 2 for multiple in multiples):
+            return candidate
+    return None
+
+
+def _common_denominator(
+    total: Sequence[Term], name: str, exact: Mapping[str, tuple[str, Fraction]], bases: Mapping[str, float]
+) -> int:
+    base, own = exact[name]
+    denominators = [1]
+    for term in total:
+        if term.source in exact and exact[term.source][0] == base:
+            denominators.append((exact[term.source][1] / term.divisor / own).denominator)
+        elif not term.source and bases[base] == term.bound:
+            denominators.append((Fraction(1, term.divisor) / own).denominator)
+    return math.lcm(*denominators)
+
+
+def _place_layers(
+    terms: Sequence[Term],
+    common: int,
+    step: float,
+    weights: dict[str, np.ndarray],
+    quantizers: Mapping[str, float],
+    inputs: Mapping[str, str],
+    largest: int,
+) -> None:
+    """Move the weight steps of layers that are summed, channel by channel, to fractions with one odd denominator."""
+    if not terms or len({len(weights[term.source]) for term in terms}) > 1:
+        return
+    sources = [quantizers[inputs[term.source]] / term.divisor for term in terms]
+    units = np.stack([weights[term.source] * source / step for term, source in zip(terms, sources, strict=True)])
+    for channel, ratios in enumerate((units * common).T):
+        found = _common_fraction(ratios, min(largest, FIRST_SEARCH) // common) or _common_fraction(
+            ratios, largest // common
+        )
+        if found is not None:
+            numerators, q = found
+            for term, source, p in zip(terms, sources, numerators, strict=True):
+                weights[term.source][channel] = p / (q * common) * step / source
+
+
+def _common_fraction(ratios: np.ndarray, largest: int) -> tuple[np.ndarray, int] | None:
+    """:return: numerators and the smallest odd denominator of fractions within the tolerance of all ratios."""
+    odd = np.arange(1, largest + 1, 2)
+    numerators = np.rint(np.outer(ratios, odd))
+    fits = (np.abs(numerators / odd - ratios[:, None]) <= TOLERANCE * ratios[:, None]).all(0) & (numerators > 0).all(0)
+    if not fits.any():
+        return None
+    first = int(fits.argmax())
+    return numerators[:, first], int(odd[first])
