@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.adapters.nncf3 import quiet
 from nncf_mpq_plugin.batches import split_batch
 from nncf_mpq_plugin.config import Config
 from nncf_mpq_plugin.data import Data, first_batch
 from nncf_mpq_plugin.pipeline import Listener, Pipeline, Sources
-from nncf_mpq_plugin.runfolder import RunFolder, locked
+from nncf_mpq_plugin.runfolder import taken
 from nncf_mpq_plugin.training import LossFunction
 from nncf_mpq_plugin.types import Policy
 
@@ -64,8 +65,9 @@ def quantize(
     """
     Find and train a mixed-precision version of ``model`` within budgets, export and verify it.
 
-    An interrupted call goes on where it stopped when it is made again with the same ``output``. What is None has the
-    default of the config reference (docs/config.md), whose checks apply.
+    An interrupted call goes on where it stopped when it is made again with the same ``output``. In a script that
+    torchrun starts, all processes train together (docs/distributed.md). What is None has the default of the config
+    reference (docs/config.md), whose checks apply.
 
     :param model: a trained floating-point model that takes and returns one tensor; it is not changed.
     :param train_loader: yields ``(input [N, ...], target)``; a ``DataLoader``, or anything with a length.
@@ -124,8 +126,7 @@ def quantize(
         loss=loss,
         classification=loss is None,
     )
-    with locked(output), quiet():
-        folder = RunFolder.create(output, config, restart=restart)
+    with distributed.joined(config.device), taken(output, config, restart=restart) as folder, quiet():
         pipeline = Pipeline(folder, sources, listener or Listener())
         summary = pipeline.run()
         return Quantized(pipeline.frozen_model(), Policy.load(folder.file("policy.json")), summary, folder.path)

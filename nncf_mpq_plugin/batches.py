@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.errors import InputError
 
 
@@ -58,14 +59,18 @@ class Batches:
     :param fraction: share of the samples to use, 0 < fraction <= 1; the same samples in each epoch.
     :param held_back: use the other samples instead, those that ``fraction`` leaves out; all of them where it leaves
         out none.
+    :param shared: each process of a training takes its share of each batch; the batches are those of one process.
     :raises InputError: if the loader is empty or has no length, or the fraction is not a share.
     """
 
-    def __init__(self, loader: Any, *, seed: int = 0, fraction: float = 1.0, held_back: bool = False):
+    def __init__(
+        self, loader: Any, *, seed: int = 0, fraction: float = 1.0, held_back: bool = False, shared: bool = False
+    ):
         if not 0 < fraction <= 1:
             msg = f"data_fraction must be above 0 and at most 1, got {fraction}."
             raise InputError(msg)
         self._loader, self._seed = loader, seed
+        self._share = distributed.share if shared else lambda items: items
         self._by_sample = (
             isinstance(loader, DataLoader)
             and not isinstance(loader.dataset, IterableDataset)
@@ -108,15 +113,15 @@ class Batches:
         if self._by_sample:
             batches: Any = self._sample_batches(order, epoch, start)
         elif isinstance(self._loader, Sequence):
-            batches = (self._loader[index] for index in order[start:])
+            batches = (self._share(self._loader[index]) for index in order[start:])
         else:
-            batches = self._as_given(epoch, start)
+            batches = map(self._share, self._as_given(epoch, start))
         for batch in batches:
             yield split_batch(batch)
 
     def _sample_batches(self, order: list[int], epoch: int, start: int) -> DataLoader:
         loader: DataLoader = self._loader
-        lists = [order[i * self._size : (i + 1) * self._size] for i in range(start, self._steps)]
+        lists = [self._share(order[i * self._size : (i + 1) * self._size]) for i in range(start, self._steps)]
         dataset: Dataset = loader.dataset
         if not isinstance(dataset, TensorDataset):
             dataset = _SeededSamples(dataset, self._seed, epoch)

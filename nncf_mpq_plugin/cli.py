@@ -35,6 +35,7 @@ exit codes:
   1 unexpected failure           4 exported and trained model do not agree
   2 bad input or config        130 interrupted; the same command goes on
 """
+SHARED = ("run", "train-importance", "finetune")  # what several processes can do together
 RUN_HELP = "a config file, or the folder of a run that was begun"
 
 
@@ -46,15 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: the exit code.
     """
     options = _parser().parse_args(arguments)
-    out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    out, err = Console(soft_wrap=True, quiet=not _prints()), Console(stderr=True, soft_wrap=True)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and getattr(options, "command", "") not in SHARED:
+            msg = f"Under torchrun the commands are {', '.join(SHARED)}; run the others without it."
+            raise InputError(msg)
         result = options.function(options, out)
-        if getattr(options, "json", False):
+        if getattr(options, "json", False) and _prints():
             print(json.dumps(result, indent=1, allow_nan=False), flush=True)
     except MPQError as error:
-        if getattr(options, "json", False):
+        if getattr(options, "json", False) and _prints():
             print(json.dumps(_failure(error)))
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        process = "" if _prints() else f"process {os.environ['RANK']}: "
+        err.print(f"{process}error: {error}", style="red", markup=False, highlight=False)
         return error.exit_code
     except KeyboardInterrupt:
         err.print("Interrupted. The same command goes on from the last saved state.", style="yellow")
@@ -68,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         err.print("This was not foreseen. What was done so far is kept; the same command goes on from there.")
         return 1
     return 0
+
+
+def _prints() -> bool:
+    """:return: false in all processes but the first of those that torchrun starts."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK") == "0"
 
 
 def _failure(error: MPQError) -> dict[str, Any]:
@@ -303,12 +313,14 @@ def _what_if(options: argparse.Namespace, out: Console) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace, out: Console) -> None:
+    from nncf_mpq_plugin import distributed
+
     with _pipeline(options, out) as pipeline:
         if options.policy:
             policy = Policy.load(options.policy)
             pipeline.run_stage("search")  # once it is done, a later run keeps the given policy
             pipeline.check_policy(policy, options.policy)
-            policy.save(pipeline.folder.file("policy.json"))
+            distributed.on_main(lambda: policy.save(pipeline.folder.file("policy.json")))
         pipeline.run_stage("finetune")
         pipeline.run_stage("uniform")
     metrics = read_json(pipeline.folder.file("model/metrics.json"))
@@ -432,7 +444,9 @@ def _quiet_for_json(options: argparse.Namespace, out: Console) -> Console:
 def _pipeline(options: argparse.Namespace, out: Console) -> Iterator[Pipeline]:
     """The pipeline of a config or run folder, with its progress drawn on stderr and foreign output in log.txt."""
     from nncf_mpq_plugin.config import Config
-    from nncf_mpq_plugin.runfolder import RunFolder, locked
+    from nncf_mpq_plugin.distributed import joined
+    from nncf_mpq_plugin.progress import ProgressLines
+    from nncf_mpq_plugin.runfolder import RunFolder, taken
 
     given = Path(options.run)
     restart, output = getattr(options, "restart", False), getattr(options, "output", None)
@@ -446,9 +460,9 @@ def _pipeline(options: argparse.Namespace, out: Console) -> Iterator[Pipeline]:
         config, path = Config.load(given), Path(output or f"runs/{given.stem}")
     if options.allow_code:
         sys.path.insert(0, os.getcwd())
-    with locked(path):
-        folder = RunFolder.create(path, config, restart=restart)
-        with _progress() as (listen, progress), open(folder.file("log.txt"), "a", encoding="utf-8") as log:
+    with joined(config.device), taken(path, config, restart=restart) as folder:
+        log_file = folder.file("log.txt") if _prints() else os.devnull
+        with _progress() as (listen, progress), open(log_file, "a", encoding="utf-8") as log:
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # importing NNCF makes it speak
             from nncf_mpq_plugin.adapters.nncf3 import quiet
             from nncf_mpq_plugin.pipeline import Listener, Pipeline, sources_of
@@ -456,14 +470,29 @@ def _pipeline(options: argparse.Namespace, out: Console) -> Iterator[Pipeline]:
             def log_line(text: str) -> None:
                 progress.console.print(text, highlight=False, markup=False)
 
+            def progress_line(text: str) -> None:
+                folder.log(text)
+                if not progress.console.is_terminal:  # where no bar is drawn
+                    log_line(text)
+
+            lines = ProgressLines(progress_line)
+
+            def advance(stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
+                listen(stage, done, total, numbers)
+                lines(stage, done, total, numbers)
+
             try:
                 with contextlib.redirect_stdout(log), quiet():
                     sources = sources_of(config, allow_code=options.allow_code)
-                    yield Pipeline(folder, sources, Listener(log_line, listen))
+                    yield Pipeline(folder, sources, Listener(log_line, advance))
             except (InterruptedRun, KeyboardInterrupt) as error:
                 folder.log(f"interrupted: {error}")
                 flag = " --allow-code" if options.allow_code else ""
-                msg = f"{error or 'Interrupted.'}\nGo on with: nncf-mpq {options.command} {path}{flag}"
+                processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+                program = (
+                    "nncf-mpq" if processes == "1" else f"torchrun --nproc_per_node={processes} -m nncf_mpq_plugin"
+                )
+                msg = f"{error or 'Interrupted.'}\nGo on with: {program} {options.command} {path}{flag}"
                 raise InterruptedRun(msg) from error
             except Exception as error:
                 folder.log(f"{type(error).__name__}: {error}")
@@ -476,7 +505,10 @@ def _progress() -> Iterator[tuple[Any, Progress]]:
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     tasks: dict[str, TaskID] = {}
     with Progress(
-        *columns, TextColumn("{task.fields[numbers]}"), console=Console(stderr=True), transient=True
+        *columns,
+        TextColumn("{task.fields[numbers]}"),
+        console=Console(stderr=True, quiet=not _prints()),
+        transient=True,
     ) as progress:
 
         def listen(stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:

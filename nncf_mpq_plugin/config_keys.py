@@ -239,7 +239,7 @@ SCHEMA = _section(
             default="digits",
         ),
         arguments=Key("free", "Keyword arguments for the callable.", default={}),
-        batch_size=Key("integer", "Samples in a step.", default=64, minimum=1),
+        batch_size=Key("integer", "Samples in a step, over all processes.", default=64, minimum=1),
         workers=Key("integer", "Processes that read images (imagefolder).", default=0, minimum=0, maximum=256),
     ),
     training=_section(

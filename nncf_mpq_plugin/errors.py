@@ -62,6 +62,10 @@ class StorageError(MPQError):
     """A file could not be written: the disk is full or failing. What is there is whole; the same command goes on."""
 
 
+class PeerError(MPQError):
+    """Another process of the same training (torchrun) failed or was killed. What was saved is kept."""
+
+
 class InterruptedRun(MPQError):
     """The user stopped the run; its state was saved and the same command continues it."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.batches import Batches, first_batches
 from nncf_mpq_plugin.errors import ConfigError
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer
@@ -205,24 +206,27 @@ def finetune(
     )
     task_loss = loss_fn or cross_entropy(config.label_smoothing)
 
+    replica = distributed.replicated(model, device)
+
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
-        with recomputed():
-            output = model(inputs)
-        share = 1.0 if config.label_free else config.distillation
-        loss = torch.zeros((), device=device)
-        if share:
-            assert teacher is not None
-            with torch.no_grad():
-                reference = teacher(inputs)
-            loss = loss + share * output_distance(output, reference)
-        if share < 1:
-            loss = loss + (1 - share) * task_loss(output, target)
-        loss.backward()
+        with distributed.one_pass(replica):
+            with recomputed():
+                output = replica(inputs)
+            share = 1.0 if config.label_free else config.distillation
+            loss = torch.zeros((), device=device)
+            if share:
+                assert teacher is not None
+                with torch.no_grad():
+                    reference = teacher(inputs)
+                loss = loss + share * output_distance(output, reference)
+            if share < 1:
+                loss = loss + (1 - share) * task_loss(output, target)
+            loss.backward()
         return {"train": loss}
 
     loop = Loop(
         quantized,
-        Batches(loader, seed=config.seed, fraction=config.data_fraction),
+        Batches(loader, seed=config.seed, fraction=config.data_fraction, shared=True),
         make_optimizer(
             quantized,
             config.optimizer,

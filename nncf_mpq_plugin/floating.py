@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.batches import Batches
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer
 from nncf_mpq_plugin.placement import QuantizedModel
@@ -60,6 +61,7 @@ def train_float(
     device = device_of(model) if device is None else torch.device(device)
     model.to(device).train()
     loss_fn = loss_fn or cross_entropy(config.label_smoothing)
+    replica = distributed.replicated(model, device)
     without_quantizers = QuantizedModel(model, (), {}, {}, {})
     optimizer = make_optimizer(
         without_quantizers,
@@ -72,13 +74,14 @@ def train_float(
     )
 
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
-        loss = loss_fn(model(inputs), target)
-        loss.backward()
+        with distributed.one_pass(replica):
+            loss = loss_fn(replica(inputs), target)
+            loss.backward()
         return {"float": loss}
 
     loop = Loop(
         without_quantizers,
-        Batches(loader, seed=config.seed),
+        Batches(loader, seed=config.seed, shared=True),
         optimizer,
         config.epochs,
         config.seed,

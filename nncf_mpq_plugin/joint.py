@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.batches import Batches, derived_seed
 from nncf_mpq_plugin.errors import ConfigError
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer, quantizers_by_scale
@@ -169,7 +170,7 @@ def train_jointly(
     keys = passes if config.batch_norm == "switched" else passes[:1]
     statistics = BatchNormStatistics(model, keys)
     task_loss = loss_fn or cross_entropy(config.label_smoothing)
-    batches = Batches(loader, seed=config.seed, fraction=config.data_fraction)
+    batches = Batches(loader, seed=config.seed, fraction=config.data_fraction, shared=True)
 
     def select(name: str, step: int) -> None:
         if name == RANDOM:
@@ -187,20 +188,21 @@ def train_jointly(
         losses: dict[str, Tensor] = {}
         for index, bits in enumerate(passes):
             select(str(bits), step)
-            with recomputed():
-                output = model(inputs)
-            if config.label_free:
-                loss = output_distance(output, reference)
-            elif index == 0 or not config.distillation:
-                loss = task_loss(output, target)
-                if index == 0 and config.distillation and reference is None:
-                    reference = output.detach()
-            else:
-                share = config.distillation
-                loss = share * output_distance(output, reference)
-                if share < 1:
-                    loss = loss + (1 - share) * task_loss(output, target)
-            loss.backward()
+            with distributed.one_pass(replica, last=bits == RANDOM):
+                with recomputed():
+                    output = replica(inputs)
+                if config.label_free:
+                    loss = output_distance(output, reference)
+                elif index == 0 or not config.distillation:
+                    loss = task_loss(output, target)
+                    if index == 0 and config.distillation and reference is None:
+                        reference = output.detach()
+                else:
+                    share = config.distillation
+                    loss = share * output_distance(output, reference)
+                    if share < 1:
+                        loss = loss + (1 - share) * task_loss(output, target)
+                loss.backward()
             losses[str(bits)] = loss.detach()
         return losses
 
@@ -215,6 +217,7 @@ def train_jointly(
         return agreement >= config.early_stop
 
     with _training_mode(quantized, config):
+        replica = distributed.replicated(model, device)
         optimizer = make_optimizer(
             quantized,
             config.optimizer,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.batches import Batches, derived_seed
 from nncf_mpq_plugin.checkpoint import (
     STATE_FILE,
@@ -133,9 +134,10 @@ class Loop:
                     inputs, target = to_device((inputs, target), self.device)
                     self._set_rates(step, per_epoch, total)
                     self.optimizer.zero_grad(set_to_none=True)
-                    with _seeded(derived_seed(self.seed, 0, step), self.device):
+                    with _seeded(derived_seed(self.seed, 0, step) + distributed.rank(), self.device):
                         losses = {name: loss.detach() for name, loss in compute_gradients(inputs, target, step).items()}
-                    numbers = dict(zip(losses, torch.stack([*losses.values()]).tolist(), strict=True))
+                    means, stop = distributed.averaged(torch.stack([*losses.values()]), interrupted.is_set())
+                    numbers = dict(zip(losses, means.tolist(), strict=True))
                     self._check(numbers, parameters, names, step, inputs)
                     before = [scale.detach().clone() for scale in scales]
                     self.optimizer.step()
@@ -153,9 +155,11 @@ class Loop:
                     if self.progress is not None:
                         self.progress(step, total, {"loss": sum(numbers.values()) / len(numbers), **numbers})
                     ended = done or step == total
-                    if step % self.save_every == 0 or step % per_epoch == 0 or ended or interrupted.is_set():
+                    if distributed.size() == 1:  # several processes stop where all of them know
+                        stop = interrupted.is_set()
+                    if step % self.save_every == 0 or step % per_epoch == 0 or ended or stop:
                         self._save(step, sums, history, done)
-                    if interrupted.is_set() and not ended:
+                    if stop and not ended:
                         kept = (
                             "Its state was saved: the same call goes on from here."
                             if self.state_dir
@@ -243,7 +247,7 @@ class Loop:
         raise TrainingError(msg)
 
     def _save(self, step: int, sums: Mapping[str, float], history: History, done: bool) -> None:
-        if self.state_dir is None:
+        if self.state_dir is None or not distributed.is_main():
             return
         tensors = {f"model/{name}": value for name, value in model_tensors(self.quantized.model).items()}
         tensors |= {f"extra/{name}": value for name, value in self.extra.items()}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.adapters.nncf3 import (
     NNCFQuantizedModel,
     freeze,
@@ -160,22 +161,33 @@ class Pipeline:
         :raises InputError: if an output of an earlier stage is missing.
         """
         stage = STAGES[name]
-        if not stage.wanted(self.folder):
+        inputs = distributed.on_main(lambda: self._begin(name))
+        if inputs is None:
             return False
+        begin = time.perf_counter()
+        if stage.shared:
+            stage.function(self)
+        else:
+            distributed.on_main(lambda: stage.function(self))
+        distributed.on_main(lambda: self.folder.finish(name, inputs))
+        self._log(f"{stage.title}: done in {time.perf_counter() - begin:.1f} s")
+        return True
+
+    def _begin(self, name: str) -> list[str] | None:
+        """:return: the files that the stage reads; None if there is nothing to do."""
+        stage = STAGES[name]
+        if not stage.wanted(self.folder):
+            return None
         inputs = [*stage.inputs, *(extra for extra in stage.optional if self.folder.file(extra).exists())]
         if self.folder.is_done(name, inputs, stage.outputs):
             self._log(f"{stage.title}: done already")
-            return False
+            return None
         missing = next((file for file in inputs if not self.folder.file(file).exists()), "")
         maker = next((other for other, made in STAGES.items() if missing in made.outputs), name)
         hint = f"Run that stage first: nncf-mpq {STAGES[maker].command} {self.folder.path}"
         self.folder.begin(name, inputs, needed_by=hint)
         self._log(f"{stage.title} ...")
-        begin = time.perf_counter()
-        stage.function(self)
-        self.folder.finish(name, inputs)
-        self._log(f"{stage.title}: done in {time.perf_counter() - begin:.1f} s")
-        return True
+        return inputs
 
     @cached_property
     def device(self) -> torch.device:
@@ -186,7 +198,7 @@ class Pipeline:
         if name == "cuda" and not torch.cuda.is_available():
             msg = "device: 'cuda' is asked for, but torch finds no CUDA device. Use 'auto' or 'cpu'."
             raise InputError(msg)
-        return torch.device(name)
+        return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
     @cached_property
     def data(self) -> Data:
@@ -227,9 +239,13 @@ class Pipeline:
                 loss_fn=self.sources.loss,
                 **self._training_arguments("float"),
             )
-        metrics = self._evaluate(model)
-        save_state(self.folder.file(FLOAT_MODEL), model.state_dict(), {})
-        write_json(self.folder.file(FLOAT_METRICS), metrics)
+
+        def keep() -> None:
+            metrics = self._evaluate(model)
+            save_state(self.folder.file(FLOAT_MODEL), model.state_dict(), {})
+            write_json(self.folder.file(FLOAT_METRICS), metrics)
+
+        distributed.on_main(keep)
 
     def train_importance(self) -> None:
         """Place quantizers, train one scale per bit width, and write the importance table."""
@@ -250,13 +266,17 @@ class Pipeline:
             loss_fn=self.sources.loss,
             **self._training_arguments("importance"),
         )
-        scales = importance_from_scales(quantized, config.model, f"joint training, {result.steps} steps")
-        table = scales if config.importance["source"] == "scale" else self._measured_importance(quantized)
-        save_state(self.folder.file(JOINT_MODEL), model_tensors(quantized.model), {})
-        write_json(self.folder.file(JOINT_HISTORY), result.to_json())
-        self._report_stability(result)
-        scales.save(self.folder.file(JOINT_SCALES))
-        table.save(self.folder.file(IMPORTANCE))
+
+        def keep() -> None:
+            scales = importance_from_scales(quantized, config.model, f"joint training, {result.steps} steps")
+            table = scales if config.importance["source"] == "scale" else self._measured_importance(quantized)
+            save_state(self.folder.file(JOINT_MODEL), model_tensors(quantized.model), {})
+            write_json(self.folder.file(JOINT_HISTORY), result.to_json())
+            self._report_stability(result)
+            scales.save(self.folder.file(JOINT_SCALES))
+            table.save(self.folder.file(IMPORTANCE))
+
+        distributed.on_main(keep)
 
     def _report_stability(self, result: JointResult) -> None:
         if not result.steps:
@@ -364,16 +384,24 @@ class Pipeline:
     def finetune(self) -> None:
         """Fine-tune at the policy's bits and freeze."""
         frozen, history = self._finetuned(POLICY, "finetune")
-        metrics = self._evaluate(frozen)
-        save_model(self.folder.file("model"), frozen)
-        write_json(self.folder.file(MODEL_HISTORY), history.to_json())
-        write_json(self.folder.file(MODEL_METRICS), metrics)
+
+        def keep() -> None:
+            metrics = self._evaluate(frozen)
+            save_model(self.folder.file("model"), frozen)
+            write_json(self.folder.file(MODEL_HISTORY), history.to_json())
+            write_json(self.folder.file(MODEL_METRICS), metrics)
+
+        distributed.on_main(keep)
 
     def finetune_uniform(self) -> None:
         """Fine-tune the uniform policy of the same budget under the same schedule, for comparison."""
         frozen, history = self._finetuned(UNIFORM_POLICY, "uniform")
-        write_json(self.folder.file(UNIFORM_HISTORY), history.to_json())
-        write_json(self.folder.file(UNIFORM_METRICS), self._evaluate(frozen))
+
+        def keep() -> None:
+            write_json(self.folder.file(UNIFORM_HISTORY), history.to_json())
+            write_json(self.folder.file(UNIFORM_METRICS), self._evaluate(frozen))
+
+        distributed.on_main(keep)
 
     def measure_int8(self) -> None:
         """Quantize to 8 bits as NNCF does after training, for comparison."""
@@ -512,8 +540,9 @@ class Pipeline:
         return {"accuracy": result.accuracy, "loss": result.loss, "samples": result.samples}
 
     def _log(self, text: str) -> None:
-        self.folder.log(text)
-        self.listener.log(text)
+        if distributed.is_main():
+            self.folder.log(text)
+            self.listener.log(text)
 
 
 @dataclass(frozen=True)
@@ -525,6 +554,7 @@ class Stage:
     :param outputs: files that it writes.
     :param optional: files that it reads where they exist.
     :param wanted: whether the config asks for it.
+    :param shared: all processes that torchrun has started take part; otherwise the first one does it alone.
     """
 
     title: str
@@ -534,16 +564,18 @@ class Stage:
     outputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
     wanted: Callable[[RunFolder], bool] = lambda folder: True
+    shared: bool = False
 
 
 STAGES: Mapping[str, Stage] = {
-    "float": Stage("Floating-point model", "run", Pipeline.train_float, (), (FLOAT_MODEL, FLOAT_METRICS)),
+    "float": Stage("Floating-point model", "run", Pipeline.train_float, (), (FLOAT_MODEL, FLOAT_METRICS), shared=True),
     "importance": Stage(
         "Joint training and importance",
         "train-importance",
         Pipeline.train_importance,
         (FLOAT_MODEL,),
         (JOINT_MODEL, JOINT_HISTORY, JOINT_SCALES, IMPORTANCE),
+        shared=True,
     ),
     "search": Stage(
         "Search", "search", Pipeline.search, (IMPORTANCE,), (POLICY,), optional=(JOINT_MODEL, JOINT_SCALES)
@@ -554,6 +586,7 @@ STAGES: Mapping[str, Stage] = {
         Pipeline.finetune,
         (FLOAT_MODEL, JOINT_MODEL, POLICY),
         (MODEL, MODEL_CONFIG, MODEL_METRICS, MODEL_HISTORY),
+        shared=True,
     ),
     "uniform": Stage(
         "Fine-tuning of the uniform policy",
@@ -562,6 +595,7 @@ STAGES: Mapping[str, Stage] = {
         (FLOAT_MODEL, JOINT_MODEL, UNIFORM_POLICY),
         (UNIFORM_METRICS, UNIFORM_HISTORY),
         wanted=lambda folder: folder.config.uniform_baseline and folder.file(UNIFORM_POLICY).exists(),
+        shared=True,
     ),
     "int8": Stage(
         "Post-training quantization to INT8",

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.config import Config, differences
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.files import remove_unfinished, unwritable
@@ -97,6 +98,8 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Append a line to log.txt, with the time; a full disk is for the results' writers to report."""
+        if not distributed.is_main():
+            return
         with contextlib.suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -151,6 +154,18 @@ RECORDS = ("log.txt", "state", "versions.json", "config.json")
 def _left_anything(path: Path) -> bool:
     """:return: whether a run has a result, or training that can go on."""
     return any((path / name).exists() for name in RESULTS) or any((path / "state").glob("*/state.safetensors"))
+
+
+@contextlib.contextmanager
+def taken(path: str | Path, config: Config, *, restart: bool = False) -> Iterator[RunFolder]:
+    """
+    :meth:`RunFolder.create` with the folder :func:`locked`, by the first process for all of them.
+
+    :raises InputError: as these do.
+    """
+    with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        distributed.on_main(lambda: RunFolder.create(path, config, restart=restart) and None)
+        yield RunFolder(Path(path), config)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ ONLY_UNDER = {
 }
 # what a module of the core may import of the package, itself and what these import included
 LAYERS = (
-    ("errors",),
-    ("files", "requirements"),
+    ("errors", "progress", "batch_norm"),
+    ("files", "requirements", "distributed"),
     ("types",),
     ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq", "recompute"),
     ("allocation.bounds", "allocation.constraints", "allocation.states"),

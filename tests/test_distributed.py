@@ -1,0 +1,169 @@
+"""Training in two processes (gloo, started by torchrun) is training in one; a process that dies ends the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from distributed_worker import SCENARIOS
+from runs import tiny, write_tiny
+from torch import Tensor
+
+from nncf_mpq_plugin.checkpoint import load_state
+from nncf_mpq_plugin.cli import main
+from nncf_mpq_plugin.pipeline import STAGES
+from nncf_mpq_plugin.types import read_json
+
+HERE = Path(__file__).parent
+TOLERANCE = 1e-10  # of a tensor's largest value, in float64
+
+
+def torchrun(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, words)]
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
+    """:return: the largest difference of two values, relative to the largest value of their tensor."""
+    assert one.keys() == two.keys()
+    return max(
+        float((one[name].double() - two[name].double()).abs().max() / one[name].double().abs().max().clamp_min(1e-6))
+        for name in one
+        if one[name].numel()
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    process = torchrun(HERE / "distributed_worker.py", folder)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    return folder
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_train_as_one(name: str, results: Path) -> None:
+    first, second = (load_state(results / f"{name}.{rank}.safetensors")[0] for rank in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first), "the two differ from each other"
+    found = difference(SCENARIOS[name](), first)
+    logging.info("%s: %.1e", name, found)
+    assert found < TOLERANCE
+
+
+@pytest.mark.parametrize("words", [["search", "x"], ["config", "docs"], ["verify", "x"]], ids=lambda words: words[0])
+def test_other_commands_are_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(words) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("process 1: error: Under torchrun the commands are run, train-importance, finetune")
+
+
+def run(config: Path, folder: Path) -> subprocess.Popen[str]:
+    return torchrun("-m", "nncf_mpq_plugin", "run", config, "--output", folder, "--json")
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes_is_a_run_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_tiny(tmp_path)
+    assert main(["run", str(config), "--output", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    process = run(config, tmp_path / "two")
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    assert json.loads(output) == read_json(tmp_path / "two" / "summary.json"), "one process prints, and once"
+    one, two = ({"joint": {}, "float": {}} for _ in range(2))
+    for stage in ("float", "joint"):
+        one[stage], two[stage] = (
+            load_state(tmp_path / name / stage / "model.safetensors")[0] for name in ("one", "two")
+        )
+        logging.info("%s, float32: %.1e", stage, difference(one[stage], two[stage]))
+    assert difference(one["float"], two["float"]) < 1e-3
+    policies = [read_json(tmp_path / name / "policy.json")["policy"] for name in ("one", "two")]
+    assert policies[0] == policies[1]
+    accuracies = [read_json(tmp_path / name / "model" / "metrics.json")["accuracy"] for name in ("one", "two")]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)
+    for stage in STAGES.values():
+        log = (tmp_path / "two" / "log.txt").read_text()
+        assert log.count(f"{stage.title}: done in") == 1
+
+
+def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """:return: rank -> the process that torchrun started for it."""
+    return {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def longer(stage: str) -> dict[str, Any]:
+    """:return: the tiny config with enough steps in a stage to be stopped there."""
+    value = tiny(uniform_baseline=False)
+    if stage == "float":
+        value["training"] = {"epochs": 12}
+    else:
+        value["compression"]["initializer"]["precision"]["joint_training"] = {"epochs": 12}
+    return value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "victim", "processes"), [("float", 1, 2), ("importance", 0, 2), ("importance", 1, 1)]
+)
+def test_a_killed_process_ends_the_run_and_its_state_goes_on(
+    stage: str, victim: int, processes: int, tmp_path: Path
+) -> None:
+    """Stopped by a kill -9, then continued by ``processes``: with as many as before, bit for bit as if undisturbed."""
+    config, folder = tmp_path / "tiny.json", tmp_path / "run"
+    config.write_text(json.dumps(longer(stage)))
+    process = run(config, folder)
+    wait_for(folder / "state" / stage / "state.safetensors", process)
+    ranks(process)[victim].send_signal(signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert re.search("error: Another process of this run has ended.*What was saved is kept", " ".join(error.split()))
+    assert not (folder / "state" / f"{stage}.done.json").exists()
+    if processes == 2:
+        process = run(config, folder)
+        whole = run(config, tmp_path / "whole")
+        for each in (process, whole):
+            _, error = each.communicate()
+            assert each.returncode == 0, error
+        for name in ("float/model.safetensors", "importance.json", "model/model.safetensors"):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    else:
+        assert main(["run", str(config), "--output", str(folder)]) == 0
+    assert read_json(folder / "summary.json")["verification"]["ok"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_and_saves(tmp_path: Path) -> None:
+    config, folder = tmp_path / "tiny.json", tmp_path / "run"
+    config.write_text(json.dumps(tiny(training={"epochs": 400})))
+    process = run(config, folder)
+    wait_for(folder / "state" / "float" / "state.safetensors", process)
+    before = load_state(folder / "state" / "float" / "state.safetensors")[1]["step"]
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"torchrun --nproc_per_node=2 -m nncf_mpq_plugin run {folder}" in " ".join(error.split())
+    assert load_state(folder / "state" / "float" / "state.safetensors")[1]["step"] > before
