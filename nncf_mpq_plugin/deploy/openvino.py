@@ -10,6 +10,7 @@ linear layers keep compressed in memory.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def to_openvino(onnx_path: str | Path) -> ov.Model:
     :raises InputError: if OpenVINO cannot read the file.
     """
     try:
-        model = ov.convert_model(str(onnx_path))
+        with tempfile.TemporaryDirectory() as folder:  # convert_model takes a path with commas for several paths
+            link = Path(folder) / "model.onnx"
+            link.symlink_to(Path(onnx_path).resolve())
+            model = ov.convert_model(str(link))
     except Exception as error:
         msg = f"{onnx_path}: OpenVINO cannot read it ({error})."
         raise InputError(msg) from error
