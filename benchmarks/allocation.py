@@ -209,7 +209,9 @@ def growth(sizes: list[int], seeds: int, one_other: bool) -> Table:
         table.add_column(heading, justify="right")
     kinds = {
         "BitOps": Budget(average_bits=AverageBits(3, 3)),
-        "BitOps + weight size": Budget(average_bits=AverageBits(3, 4), compression_ratio=9.5),
+        "BitOps + weight size, loose": Budget(average_bits=AverageBits(4.5, 5), compression_ratio=7),
+        "BitOps + weight size, middle": Budget(average_bits=AverageBits(3, 4), compression_ratio=9.5),
+        "BitOps + weight size, tight": Budget(average_bits=AverageBits(2.5, 2.5), compression_ratio=13),
     }
     for layers in sizes:
         for name, budget in kinds.items():

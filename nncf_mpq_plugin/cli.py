@@ -138,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     added = command("benchmark", _benchmark, description, run=RUN_HELP, json_help="print benchmark.json")
     added.add_argument("--seconds", type=float, default=3.0, metavar="N", help="measuring time of each model (3)")
     added.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each inference (2)")
+    description = "Measure each layer's time in INT8 and in floating point, for search --latency-ratio (latency.json)."
+    added = command("latency", _latency, description, run=RUN_HELP, json_help="print latency.json")
+    added.add_argument("--seconds", type=float, default=3.0, metavar="N", help="measuring time of each model (3)")
+    added.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each inference (2)")
     description = "How settled the learned scales of a run are, and whether another run (seed) orders them alike."
     added = command("stability", _stability, description, json_help="print the figures and every curve")
     added.add_argument("run", metavar="RUN", help="the folder of a run whose joint training is done")
@@ -350,9 +354,7 @@ def _verify(options: argparse.Namespace, out: Console) -> dict[str, Any]:
 def _benchmark(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     from nncf_mpq_plugin import deploy
 
-    if options.threads < 1 or not options.seconds > 0:
-        msg = f"--threads has to be at least 1 and --seconds above 0, got {options.threads} and {options.seconds}."
-        raise InputError(msg)
+    _check_measurement(options)
     with _pipeline(options, out) as pipeline:
         folder = pipeline.folder
         policy = Policy.load(folder.file("policy.json")).all_layers
@@ -372,6 +374,33 @@ def _benchmark(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     for name, reason in report["left_out"].items():
         out.print(f"{name}: could not be made ({reason})", highlight=False, markup=False)
     return report
+
+
+def _latency(options: argparse.Namespace, out: Console) -> dict[str, Any]:
+    from nncf_mpq_plugin import deploy
+
+    _check_measurement(options)
+    with _pipeline(options, out) as pipeline:
+        layers = [layer.cost.name for layer in ImportanceTable.load(pipeline.folder.file("importance.json")).layers]
+        table = deploy.measure_latency(
+            pipeline.float_model(),
+            pipeline.calibration(),
+            layers,
+            seconds=options.seconds,
+            threads=options.threads,
+        )
+        file = pipeline.folder.file("latency.json")
+    table.save(file)
+    out = _quiet_for_json(options, out)
+    out.print(tables.latency_table(table))
+    out.print(f"{file}: for --latency-table, or compression.initializer.precision.search.latency_table.")
+    return table.to_json()
+
+
+def _check_measurement(options: argparse.Namespace) -> None:
+    if options.threads < 1 or not options.seconds > 0:
+        msg = f"--threads has to be at least 1 and --seconds above 0, got {options.threads} and {options.seconds}."
+        raise InputError(msg)
 
 
 def _stability(options: argparse.Namespace, out: Console) -> dict[str, Any]:

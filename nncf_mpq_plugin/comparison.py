@@ -43,30 +43,29 @@ def policy_by_name(
 
     :param seed: of ``random`` and ``shuffled``.
     :param latency: measured times, for a latency budget.
-    :param alpha: as :func:`nncf_mpq_plugin.allocation.search`; likewise ``out_of_order``. ``uniform`` and ``random``
-        know no importance and need neither.
-    :return: the policy; its summary names the method. Where importances were searched that are not the table's, the
-        summary's objective is that of the policy by the table's own importances.
+    :param alpha: as :func:`nncf_mpq_plugin.allocation.search`; likewise ``out_of_order``.
+    :return: the policy; its summary names the method, and gives the policy's objective by the table's own importances,
+        whatever the policy was chosen by.
     :raises InputError: for an unknown name.
     :raises InfeasibleBudgetError: if no policy (of that kind) is within the budget.
     """
     if name not in METHODS:
         msg = f"method: unknown name {name!r}; known are {', '.join(METHODS)}."
         raise InputError(msg)
-    if name == "uniform":
-        return uniform(table, budget, latency)
-    if name == "random":
-        return random(table, budget, seed, latency)
+    blind = {"uniform": lambda: uniform(table, budget, latency), "random": lambda: random(table, budget, seed, latency)}
     searched = {
         "learned": lambda: table,
         "reversed": lambda: reversed_importance(table),
         "shuffled": lambda: shuffled_importance(table, seed),
         "inverse_size": lambda: inverse_size_importance(table),
-    }[name]()
-    solution = search(searched, budget, alpha=alpha, out_of_order=out_of_order, latency=latency)
-    label = f"{name}({seed})" if name == "shuffled" else name
-    objective = objective_of(table, solution.policy.layers, table.default_alpha if alpha is None else alpha)
-    return replace(solution.policy, summary={**solution.policy.summary, "method": label, "objective": objective})
+    }
+    if name in blind:
+        policy = blind[name]()
+    else:
+        policy = search(searched[name](), budget, alpha=alpha, out_of_order=out_of_order, latency=latency).policy
+    label = f"{name}({seed})" if name in ("random", "shuffled") else name
+    objective = objective_of(table, policy.layers, table.default_alpha if alpha is None else alpha)
+    return replace(policy, summary={**policy.summary, "method": label, "objective": objective})
 
 
 def uniform(table: ImportanceTable, budget: Budget, latency: LatencyTable | None = None) -> Policy:

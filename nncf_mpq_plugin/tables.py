@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from nncf_mpq_plugin.costs import FLOAT_BITS, INT8, LatencyTable
+
 MOST_POINTS = 25
 
 
@@ -114,6 +116,16 @@ def benchmark_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def latency_table(latency: LatencyTable) -> Table:
+    """:return: one row a layer: its times in INT8 and in floating point."""
+    table = Table("layer", title=f"Time of single layers: {latency.device}", title_justify="left")
+    for heading in ("INT8, us", "floating point, us"):
+        table.add_column(heading, justify="right")
+    for layer, times in latency.nanoseconds.items():
+        table.add_row(layer, *(f"{times[bits, bits] / 1e3:.1f}" for bits in (INT8, FLOAT_BITS)))
+    return table
+
+
 def kernel_table(report: Mapping[str, Any]) -> Table:
     """
     :param report: content of benchmark.json.
@@ -187,7 +199,7 @@ def binding_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=f"Budgets, objective {objective:.6f}", title_justify="left")
     table.add_column("budget", no_wrap=True)
     for heading in ("asked", "reached", "unused", "binds", "objective\nwithout it"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for row in report["budgets"]:
         binds = "yes" if row["binding"] else "no"
         without = f"{row['objective_without']:.6f}"
@@ -204,7 +216,7 @@ def steps_table(report: Mapping[str, Any]) -> Table:
     table.add_column("tensor", no_wrap=True)
     names = [row["name"] for row in report["budgets"]]
     for heading in ("bits", "objective", *(name.replace("_", "\n", 1) for name in names), "fits"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for step in report["steps"]:
         table.add_row(
             f"{', '.join(step['layers'])}: {step['tensor']}",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nncf_mpq_plugin.allocation import BitsConstraint, explain, pareto, search, what_if
+from nncf_mpq_plugin.allocation import BitsConstraint, explain, objective_of, pareto, search, what_if
 from nncf_mpq_plugin.cli import main
 from nncf_mpq_plugin.comparison import METHODS, policy_by_name
 from nncf_mpq_plugin.costs import LatencyTable, limits_of
@@ -173,6 +173,7 @@ def test_comparison_policies_by_name_keep_the_budget(
     assert Policy.from_json(report).layers == bits
     if method != "learned":
         assert report["method"].startswith(method)
+    assert report["objective"] == pytest.approx(objective_of(TABLE, bits, TABLE.default_alpha))
 
 
 def test_seeds_differ() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nncf_mpq_plugin.allocation import BitsConstraint, search
 from nncf_mpq_plugin.allocation.bounds import Problem, relax
 from nncf_mpq_plugin.allocation.program import solve, solve_by_cbc
-from nncf_mpq_plugin.allocation.states import options, undominated
+from nncf_mpq_plugin.allocation.states import Digits, States, undominated
 from nncf_mpq_plugin.costs import FLOAT_BITS, LatencyTable, limits_of
 from nncf_mpq_plugin.errors import InfeasibleBudgetError
 from nncf_mpq_plugin.types import (
@@ -64,9 +64,11 @@ def instances(draw: st.DrawFn) -> Instance:
         "average_bits": AverageBits(low + (high - low) * draw(share), low + (high - low) * draw(share)),
         "compression_ratio": 32 / (low + (high - low) * draw(share)),
         "bitops": float(sum(layer.cost.macs for layer in layers) * (low + (high - low) * draw(share)) ** 2),
+        "bitops_ratio": (low + (high - low) * draw(share)) ** 2 / 64,
+        "model_size_bytes": sum(layer.cost.weights for layer in layers) * (low + (high - low) * draw(share)) / 8 + 5,
         "latency_ratio": 0.3 + draw(share),
     }
-    wanted = draw(st.sets(st.sampled_from(sorted(limits)), min_size=1, max_size=3))
+    wanted = draw(st.sets(st.sampled_from(sorted(limits)), min_size=1, max_size=6))
     limit = st.builds(
         BitsConstraint,
         layers=st.sampled_from(["*", "l0", "l[01]"]),
@@ -155,7 +157,7 @@ def test_search_returns_the_first_of_the_best_policies(instance: Instance) -> No
 def test_what_does_not_fit_into_lists_is_split_or_left_to_cbc(splits: int, solver: str, instance: Instance) -> None:
     found = min(assignments(instance), key=lambda pair: pair[0], default=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nncf_mpq_plugin.allocation.enumeration.MOST_STATES", 1)
+        patch.setattr("nncf_mpq_plugin.allocation.program.MOST_STATES", (1, 1))
         patch.setattr("nncf_mpq_plugin.allocation.program.MOST_SPLITS", splits)
         try:
             solution = search(
@@ -206,6 +208,35 @@ def test_no_worse_than_cbc_and_no_better_than_the_bound(seed: int, budgets: int,
     assert problem.objective(optimum.choice) >= relax(problem).bound - 1e-9
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["alone", "grouped"])
+@pytest.mark.parametrize("budgets", [1, 2, 3])
+def test_hundreds_of_layers_need_neither_splits_nor_cbc(budgets: int, grouped: bool) -> None:
+    problem = random_problem(0, 200, budgets, grouped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nncf_mpq_plugin.allocation.program.MOST_SPLITS", 0)
+        optimum = solve(problem)
+    assert optimum is not None
+    assert (optimum.solver, optimum.gap) == ("enumeration", 0.0)
+    assert problem.feasible(*optimum.choice)
+    assert problem.objective(optimum.choice) >= relax(problem).bound - 1e-9
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_keys_say_what_was_chosen_and_order_as_the_choices_do(counts: list[int], seed: int) -> None:
+    digits = Digits(counts)
+    generator = np.random.default_rng(seed)
+    chosen = [tuple(int(generator.integers(count)) for count in counts) for _ in range(2)]
+    if len(counts) > 1:
+        chosen.append((*chosen[0][:-1], chosen[1][-1]))
+    keys = [sum(digits.keys(i, counts[i])[:, option] for i, option in enumerate(options)) for options in chosen]
+    for key, options in zip(keys, chosen, strict=True):
+        assert tuple(int(digits.option(i, key)) for i in range(len(counts))) == options
+    assert sorted(range(len(chosen)), key=lambda i: tuple(keys[i])) == sorted(
+        range(len(chosen)), key=chosen.__getitem__
+    )
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=300),
     st.sampled_from([1, 2]),
@@ -213,7 +244,7 @@ def test_no_worse_than_cbc_and_no_better_than_the_bound(seed: int, budgets: int,
 @settings(max_examples=60, deadline=None)
 def test_only_dominated_states_are_left_out(rows: list[tuple[int, int, int]], budgets: int) -> None:
     values = np.array(rows, dtype=np.int64).T
-    states = options(np.zeros(len(rows)), values[0], values[1 : 1 + budgets])
+    states = States(np.zeros(len(rows)), values[0], values[1 : 1 + budgets], np.arange(len(rows))[None])
     kept = undominated(states)
     for dropped in np.flatnonzero(~kept):
         no_worse = (states.cost <= states.cost[dropped]) & (states.use <= states.use[:, [dropped]]).all(0)

@@ -1,4 +1,4 @@
-"""``nncf-mpq verify`` and ``nncf-mpq benchmark`` on a finished run."""
+"""``nncf-mpq verify``, ``benchmark`` and ``latency`` on a finished run."""
 
 from __future__ import annotations
 
@@ -80,6 +80,25 @@ def test_benchmark_prints_and_writes_what_it_measured(finished: Path, capsys: py
     assert report == read_json(finished / "benchmark.json")
     assert [model["name"] for model in report["models"]] == ["FP32", "INT8", "naive", "mixed", "mixed (ORT)"]
     assert report["models"][3]["integer_share"] == 1
+
+
+def test_measured_times_of_layers_are_a_budget(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = command(capsys, "latency", finished, "--seconds", 0.05, "--threads", 1)
+    assert code == 0
+    table = read_json(finished / "latency.json")
+    policy = read_json(finished / "policy.json")["policy"]
+    assert set(table["nanoseconds"]) == set(policy)
+    for layer, times in table["nanoseconds"].items():
+        assert layer in out
+        assert times["8x8"] > 0
+        assert times["32x4"] == times["8x32"] == times["32x32"] > 0
+    given = ("--latency-ratio", 1, "--latency-table", finished / "latency.json", "--json")
+    code, out, _ = command(capsys, "search", finished, *given)
+    assert code == 0
+    assert json.loads(out)["budgets"]["latency_ratio"]["achieved"] == 1  # all bits of this run have 8-bit carriers
+    code, _, err = command(capsys, "search", finished, *given[:-1], "--latency-ratio", 0.9)
+    assert code == 3
+    assert "nearest that exists is 1x" in err
 
 
 @pytest.mark.parametrize("option", [("--threads", 0), ("--seconds", -1)], ids=["threads", "seconds"])

@@ -18,8 +18,8 @@ import numpy as np
 
 MOST_STEPS = 500
 TOLERANCE = 1e-11
-STEPS = 10
-DISTANCES = (0.3, 1.0, 3.0)
+STEPS = 0.5 ** np.arange(1, 11)
+NEAR = (0.1, 3.0)
 Choice = tuple[np.ndarray, np.ndarray]
 """A policy: the index of each layer's weight bits, and of its activation bits."""
 
@@ -132,8 +132,8 @@ class Relaxation:
 
     :param bound: the best one; no policy within the budgets has a lower objective.
     :param multipliers: its multipliers: objective for one unit of each budget. ``[budgets]``.
-    :param others: multipliers around the best. ``[directions, steps, budgets]``, large steps first.
-    :param other_bounds: theirs. ``[directions, steps]``.
+    :param others: multipliers around the best, in several directions and steps. ``[D, budgets]``.
+    :param other_bounds: theirs. ``[D]``.
     :param tolerance: what rounding may add to a bound.
     """
 
@@ -143,14 +143,10 @@ class Relaxation:
     other_bounds: np.ndarray
     tolerance: float
 
-    def around(self, distance: float) -> tuple[np.ndarray, np.ndarray]:
-        """:return: in each direction, multipliers whose bounds are weaker by about a distance; and these bounds."""
+    def near(self, distance: float) -> tuple[np.ndarray, np.ndarray]:
+        """:return: the other multipliers whose bounds are weaker by something like a distance; and these bounds."""
         loss = self.bound - self.other_bounds
-        taken = np.zeros(loss.shape, bool)
-        for factor in DISTANCES:
-            near = loss <= factor * distance
-            rows = np.flatnonzero(near.any(1))
-            taken[rows, near[rows].argmax(1)] = True
+        taken = (loss >= NEAR[0] * distance) & (loss <= NEAR[1] * distance)
         return self.others[taken], self.other_bounds[taken]
 
 
@@ -169,15 +165,12 @@ def relax(problem: Problem) -> Relaxation:
     for index, one in enumerate(axes):
         for two in axes[:index]:
             directions += [one + two, one - two, two - one, -one - two]
-    steps = 0.5 ** np.arange(1, STEPS + 1)
-    shape = (len(directions), STEPS, len(multipliers))
-    along = np.reshape(directions, (len(directions), 1, len(multipliers)))
-    others = np.reshape(multipliers + along * steps[:, None], shape)
-    flat = others.reshape(shape[0] * shape[1], shape[2])
-    totals = [_totals(problem, part) for part in np.array_split(flat, 1 + len(flat) // 64)]
-    bounds = np.concatenate(totals) - flat @ problem.bounds
+    along = np.reshape(directions, (-1, 1, len(multipliers))) * STEPS[:, None]
+    others = multipliers + along.reshape(-1, len(multipliers))
+    totals = [_totals(problem, part) for part in np.array_split(others, 1 + len(others) // 64)]
+    bounds = np.concatenate(totals) - others @ problem.bounds
     tolerance = TOLERANCE * (abs(bound) + float(multipliers @ problem.bounds))
-    return Relaxation(bound, multipliers, others, bounds.reshape(shape[:2]), tolerance)
+    return Relaxation(bound, multipliers, others, bounds, tolerance)
 
 
 def _totals(problem: Problem, multipliers: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ FAR = 2**62
 
 def best_pair(
     first: States, second: States, left: np.ndarray, multipliers: np.ndarray, room: float
-) -> tuple[int, int, int] | None:
+) -> tuple[int, ...] | None:
     """
     Find the pair with the lowest objective that the budgets hold.
 
@@ -24,8 +24,8 @@ def best_pair(
     :param left: what the budgets have left for both. ``[budgets]``.
     :param multipliers: ``[budgets]``.
     :param room: pairs further above the bound need not be found; infinite to find any.
-    :return: objective on the grid and the two indices; of equal pairs the first in lexicographic order. None if there
-        is no pair.
+    :return: objective on the grid, and the words of the pair's key; of equal pairs the one with the smallest key. None
+        if there is no pair.
     :raises TooManyStatesError: if too many pairs come into question.
     """
     if not len(first) or not len(second):
@@ -60,7 +60,7 @@ def best_pair(
         runs.append((start, np.where(valid, np.maximum(stop - start, 0), 0)))
     if sum(int(length.sum()) for _, length in runs) > MOST_PAIRS:
         raise TooManyStatesError
-    best: tuple[int, int, int] | None = None
+    best: tuple[int, ...] | None = None
     for start, length in runs:
         ends = np.cumsum(length)
         begin = 0
@@ -78,7 +78,7 @@ def best_pair(
             if len(rows):
                 cost = first.cost[rows] + second.cost[columns]
                 lowest = np.flatnonzero(cost == cost.min())
-                first_of = lowest[np.lexsort((columns[lowest], rows[lowest]))[0]]
-                found = int(cost[first_of]), int(rows[first_of]), int(columns[first_of])
+                keys = first.key[:, rows[lowest]] + second.key[:, columns[lowest]]
+                found = int(cost[lowest[0]]), *min(map(tuple, keys.T.tolist()))
                 best = found if best is None else min(best, found)
     return best

@@ -3,9 +3,10 @@ The integer linear program (LIMPQ, equation 3), solved to a proven optimum.
 
 The Lagrangian bound lies within a few thousandths of the optimum, so few policies can be better than any good one: all
 of them are enumerated, first up to a target close to the bound, then up to a higher one, until the best that is found
-lies below the target. Where the lists would grow too long the group that makes the budgets lumpiest is split into its
-choices, each with a bound of its own. What is still too much after a number of splits is left to python-mip with CBC,
-over the choices that the bounds leave open.
+lies below the target. Lists that grow too long mean that the target was raised too far: a lower one is tried, then
+longer lists. Where these do not suffice, the group that makes the budgets lumpiest is split into its choices, each with
+a bound of its own. What is still too much after a number of splits is left to python-mip with CBC, over the choices
+that the bounds leave open.
 
 CBC is the last resort and not the first because it takes 10 to 50 times as long (benchmarks/allocation.py) and, on
 some tables, calls policies optimal that are not: it prunes by a tolerance that the gaps asked of it do not control.
@@ -27,8 +28,10 @@ from nncf_mpq_plugin.errors import MPQError
 OPTIMALITY_GAP = 1e-9
 MOST_SPLITS = 12
 FIRST_OPEN = 20
-GROWTH = (0.1, 1.0)
-WANTED_STATES = 30_000
+GROWTH = (0.03, 1.0)
+NARROW = 0.1
+MOST_STATES = (8_000, 100_000)
+FILL = 0.6
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class _Search:
         most = float(np.where(allowed, problem.costs, 0).max((1, 2)).sum())
         step = max(self._first_step(problem, relaxation), 1e-9 * most, 1e-300)
         radius, reached, size = max(0.0, min(step, self.upper - relaxation.bound)), 0.0, 50
+        failed, most_states = np.inf, MOST_STATES[0]
         while relaxation.bound + reached <= min(self.upper, most) + relaxation.tolerance:
             if root:
                 self.lower = relaxation.bound + reached
@@ -107,20 +111,29 @@ class _Search:
                 return
             hope = min(self.upper, relaxation.bound + 2 * radius)
             try:
-                choice, largest = best_below(problem, relaxation, relaxation.bound + radius, hope)
+                choice, largest = best_below(problem, relaxation, relaxation.bound + radius, hope, most_states)
             except TooManyStatesError:
+                failed = radius
+            else:
+                if choice is not None:
+                    self._offer(problem, choice)
+                if self.upper <= relaxation.bound + radius + relaxation.tolerance or radius >= most - relaxation.bound:
+                    return
+                steepness = np.log(max(largest / size, 1.05)) / (radius - reached)
+                growth = np.log(max(2.0, FILL * most_states / max(largest, 1))) / steepness
+                growth = float(np.clip(growth, GROWTH[0] * radius, GROWTH[1] * radius))
+                size, reached, radius = max(largest, 1), radius, radius + growth
+                if self.upper - relaxation.bound < radius + 0.3 * growth:
+                    radius = self.upper - relaxation.bound
+            if radius < failed:
+                continue
+            if reached and failed - reached > NARROW * reached:
+                radius = (reached + failed) / 2
+            elif most_states < MOST_STATES[1]:
+                radius, failed, most_states = failed, np.inf, MOST_STATES[1]
+            else:
                 self._split(problem, relaxation, radius)
                 return
-            if choice is not None:
-                self._offer(problem, choice)
-            if self.upper <= relaxation.bound + radius + relaxation.tolerance or radius >= most - relaxation.bound:
-                return
-            steepness = np.log(max(largest / size, 1.05)) / (radius - reached)
-            growth = np.log(max(12.0, WANTED_STATES / max(largest, 1))) / steepness
-            growth = float(np.clip(growth, GROWTH[0] * radius, GROWTH[1] * radius))
-            size, reached, radius = max(largest, 1), radius, radius + growth
-            if self.upper - relaxation.bound < radius + 0.3 * growth:
-                radius = self.upper - relaxation.bound
 
     def _first_step(self, problem: Problem, relaxation: Relaxation) -> float:
         """:return: how far above the bound the first target lies: a few dozen choices are open there."""
@@ -147,7 +160,7 @@ class _Search:
             return
         self.splits += 1
         parts: list[tuple[float, int, Problem, Relaxation]] = []
-        for part in _parts(problem, relaxation, radius):
+        for part in _parts(problem, relaxation, radius, self.upper - relaxation.bound + relaxation.tolerance):
             relaxed = relax(part)
             parts.append((relaxed.bound, len(parts), part, relaxed))
         for bound, _, part, relaxed in sorted(parts, key=lambda item: item[:2]):
@@ -169,13 +182,18 @@ class _Search:
             raise _OutOfTimeError
 
 
-def _parts(problem: Problem, relaxation: Relaxation, radius: float) -> list[Problem]:
-    """:return: the problem once for each choice of the layer whose competing choices differ most in what they use."""
+def _parts(problem: Problem, relaxation: Relaxation, radius: float, most: float) -> list[Problem]:
+    """
+    :param most: policies that lie further above the bound do not matter.
+    :return: the problem once for each choice of the layer whose competing choices differ most in what they use.
+    """
     allowed = np.isfinite(problem.costs)
     above, offsets = problem.above(relaxation.multipliers[None])
-    competing = above[0] + offsets[0][problem.groups][:, None, :] <= radius / 2
-    values = problem.resources * relaxation.multipliers[:, None, None, None]
-    spread = np.where(competing, values, -np.inf).max((2, 3)) - np.where(competing, values, np.inf).min((2, 3))
+    values = above[0] + offsets[0][problem.groups][:, None, :]
+    allowed &= values <= most
+    competing = values <= radius / 2
+    worth = problem.resources * relaxation.multipliers[:, None, None, None]
+    spread = np.where(competing, worth, -np.inf).max((2, 3)) - np.where(competing, worth, np.inf).min((2, 3))
     several = allowed.sum((1, 2)) > 1
     layer = int(np.where(several, spread.sum(0), -1.0).argmax())
     parts = []

@@ -1,16 +1,18 @@
-"""Lists of partial policies, in lexicographic order, and which of them another one of the list makes superfluous."""
+"""Lists of partial policies, and which of them another one of the list makes superfluous."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-MOST_PRODUCTS = 6_000_000
+MOST_PRODUCTS = 20_000_000
 SMALL = 48
 CELLS = 200
+WORD_BITS = 62
 NONE = np.iinfo(np.int64).max
-MIXERS = np.array([0x9E3779B97F4A7C15 - 2**64, 0x517CC1B727220A95, 0x6A09E667F3BCC909, 0x3C6EF372FE94F82B])
+MIXER = 0x9E3779B97F4A7C15 - 2**64
 
 
 class TooManyStatesError(Exception):
@@ -25,61 +27,88 @@ class States:
     :param above: how far each one's choices lie above the smallest values of their groups. ``[S]``.
     :param cost: objective in steps of a grid, above a common base. ``[S]``.
     :param use: of the budgets, integers. ``[budgets, S]``.
-    :param before: index of the state that each one extends. ``[S]``.
-    :param option: index of the option that it adds. ``[S]``.
+    :param key: what each one chooses, see :class:`Digits`. ``[words, S]``.
     """
 
     above: np.ndarray
     cost: np.ndarray
     use: np.ndarray
-    before: np.ndarray
-    option: np.ndarray
+    key: np.ndarray
 
     def __len__(self) -> int:
         return len(self.above)
 
     def taking(self, kept: np.ndarray) -> States:
         """:return: the states of a mask or of indices."""
-        return States(self.above[kept], self.cost[kept], self.use[:, kept], self.before[kept], self.option[kept])
+        return States(self.above[kept], self.cost[kept], self.use[:, kept], self.key[:, kept])
 
 
-def options(above: np.ndarray, cost: np.ndarray, use: np.ndarray) -> States:
-    """:return: states that extend nothing."""
-    index = np.arange(len(above))
-    return States(above, cost, use, np.zeros_like(index), index)
-
-
-def nothing(budgets: int, above: float = 0.0) -> States:
-    """:return: the one partial policy over no groups."""
-    return options(np.array([above]), np.zeros(1, np.int64), np.zeros((budgets, 1), np.int64))
-
-
-def extended(states: States, added: States, radius: float, *, after: bool) -> States:
+class Digits:
     """
-    All pairs of a state and an option.
+    Keys that say which option of each of several sets is chosen.
+
+    A key is a number of several words with one digit a set, the first set's in front. So keys of choices from different
+    sets add up to that of both, and of choices from the same sets the smaller key is the first in lexicographic order.
+    """
+
+    def __init__(self, counts: Sequence[int]):
+        """:param counts: number of options of each set."""
+        word, shift = 0, WORD_BITS
+        self._places: list[tuple[int, int, int]] = []
+        for count in counts:
+            width = max(1, (count - 1).bit_length())
+            if width > shift:
+                word, shift = word + 1, WORD_BITS
+            shift -= width
+            self._places.append((word, shift, (1 << width) - 1))
+        self.words = word + 1
+
+    def keys(self, index: int, count: int) -> np.ndarray:
+        """:return: keys of the first options of one set, with none of the others chosen. ``[words, count]``."""
+        word, shift, _ = self._places[index]
+        result = np.zeros((self.words, count), np.int64)
+        result[word] = np.arange(count) << shift
+        return result
+
+    def option(self, index: int, key: np.ndarray) -> np.ndarray:
+        """
+        :param key: ``[words, ...]``.
+        :return: which option of one set is chosen. ``[...]``.
+        """
+        word, shift, mask = self._places[index]
+        chosen: np.ndarray = key[word] >> shift & mask
+        return chosen
+
+
+def nothing(budgets: int, words: int, above: float = 0.0) -> States:
+    """:return: the one partial policy over no groups."""
+    return States(
+        np.array([above]), np.zeros(1, np.int64), np.zeros((budgets, 1), np.int64), np.zeros((words, 1), np.int64)
+    )
+
+
+def extended(states: States, added: States, radius: float) -> States:
+    """
+    All pairs of a state and one over other groups.
 
     :param radius: pairs further above the smallest values are left out.
-    :param after: whether the option's group comes after those of the states, which decides on the order.
     :raises TooManyStatesError: if there are too many.
     """
     if len(states) * len(added) > MOST_PRODUCTS:
         raise TooManyStatesError
-    first, second = (states, added) if after else (added, states)
-    sums = first.above[:, None] + second.above
+    sums = states.above[:, None] + added.above
     rows, columns = np.nonzero(sums <= radius)
-    before, option = (rows, columns) if after else (columns, rows)
     return States(
         sums[rows, columns],
-        states.cost[before] + added.cost[option],
-        states.use[:, before] + added.use[:, option],
-        before,
-        option,
+        states.cost[rows] + added.cost[columns],
+        states.use[:, rows] + added.use[:, columns],
+        states.key[:, rows] + added.key[:, columns],
     )
 
 
 def undominated(states: States) -> np.ndarray:
     """
-    Leave out states that an earlier one equals or any one beats in objective, while using no more of any budget.
+    Leave out states that another one, using no more of any budget, beats in objective, or equals and comes before.
 
     With two budgets and more a few that could be left out are kept: a state is compared with those of lower cells of a
     grid only, and with those of the same use.
@@ -88,8 +117,10 @@ def undominated(states: States) -> np.ndarray:
     """
     count = len(states)
     order = np.argsort(states.cost, kind="stable")
+    if (np.diff(states.cost[order]) == 0).any():
+        order = np.lexsort((*states.key[::-1], states.cost))
     rank = np.empty(count, np.int64)
-    rank[order] = np.arange(count)  # no two are equal; the earlier one of equal objectives is the better
+    rank[order] = np.arange(count)  # no two are equal; of equal objectives the smaller key is the better
     if len(states.use) == 1:
         order = np.lexsort((rank, states.use[0]))
         return _first_of_falling(rank, order)
@@ -103,7 +134,9 @@ def undominated(states: States) -> np.ndarray:
 def _first_of_same(use: np.ndarray, order: np.ndarray) -> np.ndarray:
     """:return: mask of the states that no earlier one of an order has the same use as."""
     ordered = use[:, order]
-    mixed = (ordered * MIXERS[: len(use), None]).sum(0)  # wraps around; equal use gives equal numbers
+    mixed = ordered[0].copy()
+    for row in ordered[1:]:
+        mixed = mixed * MIXER + row  # wraps around; equal use gives equal numbers
     together = np.argsort(mixed, kind="stable")
     repeats = (np.diff(ordered[:, together], axis=1) == 0).all(0)
     kept = np.ones(len(order), bool)

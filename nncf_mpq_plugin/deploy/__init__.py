@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nncf_mpq_plugin.costs import LatencyTable
     from nncf_mpq_plugin.deploy.measurement import BenchmarkReport
     from nncf_mpq_plugin.deploy.verification import VerifyReport
 
-__all__ = ["ExportResult", "benchmark", "compile", "export", "verify"]
+__all__ = ["ExportResult", "benchmark", "compile", "export", "measure_latency", "verify"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,20 @@ def benchmark(
     from nncf_mpq_plugin.deploy.measurement import benchmark as run
 
     return run(floating, frozen, directory, calibration, bits, seconds=seconds, threads=threads)
+
+
+def measure_latency(
+    floating: nn.Module,
+    calibration: Sequence[Tensor],
+    layers: Sequence[str],
+    *,
+    seconds: float = 3.0,
+    threads: int = 2,
+) -> LatencyTable:
+    """Measure single layers in INT8 and FP32; see :func:`nncf_mpq_plugin.deploy.latency.measure_latency`."""
+    from nncf_mpq_plugin.deploy.latency import measure_latency as run
+
+    return run(floating, calibration, layers, seconds=seconds, threads=threads)
 
 
 def compile(path: str | Path, **properties: Any) -> Any:

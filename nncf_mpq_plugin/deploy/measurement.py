@@ -185,7 +185,7 @@ def layer_kernels(compiled: ov.CompiledModel, layers: Iterable[str]) -> dict[str
     for kernel in kernels(compiled):
         if kernel["type"] in WEIGHTED_TYPES:
             for original in (kernel["name"], *kernel["originals"].split(",")):
-                found.setdefault(_layer_of(original), f"{kernel['precision']} {kernel['kernel']}")
+                found.setdefault(layer_of(original), f"{kernel['precision']} {kernel['kernel']}")
     return {layer: found[layer] for layer in layers if layer in found}
 
 
@@ -219,16 +219,23 @@ def _baselines(
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """:return: files of FP32, INT8 and the naive export, and what could not be made."""
     sample = calibration[0][:1].cpu().float()
-    model = _convert(_without_batch_norm(floating, sample), sample)
-    files, left_out = {FP32: folder / "fp32.xml", INT8: folder / "int8.xml"}, {}
-    save_ir(model, files[FP32])
-    save_ir(quantize_to_int8(model, [x.cpu().float().numpy() for x in calibration]), files[INT8])
+    files, left_out = floating_and_int8(floating, calibration, folder), {}
     try:
         save_ir(_convert(_without_batch_norm(frozen, sample), sample), folder / "naive.xml")
         files[NAIVE] = folder / "naive.xml"
     except Exception as error:  # whatever the converter meets: the other models are still worth measuring
         left_out[NAIVE] = f"{type(error).__name__}: {str(error)[:300]}"
     return files, left_out
+
+
+def floating_and_int8(floating: nn.Module, calibration: Sequence[Tensor], folder: Path) -> dict[str, Path]:
+    """:return: files of the network in FP32 and, after NNCF's post-training quantization, in INT8."""
+    sample = calibration[0][:1].cpu().float()
+    model = _convert(_without_batch_norm(floating, sample), sample)
+    files = {FP32: folder / "fp32.xml", INT8: folder / "int8.xml"}
+    save_ir(model, files[FP32])
+    save_ir(quantize_to_int8(model, [x.cpu().float().numpy() for x in calibration]), files[INT8])
+    return files
 
 
 def _without_batch_norm(model: nn.Module, sample: Tensor) -> nn.Module:
@@ -290,6 +297,6 @@ def _onnxruntime_runner(path: Path, sample: Tensor, threads: int) -> Callable[[]
     return lambda: session.run(None, inputs)
 
 
-def _layer_of(node: str) -> str:
+def layer_of(node: str) -> str:
     """:return: the torch layer: ``a.b`` of ``a.b/WithoutBiases`` and of ``__module.a.b/aten::linear/MatMul``."""
     return re.sub(r"/(aten::|WithoutBiases|DequantizationMultiply).*", "", node.removeprefix("__module."))
