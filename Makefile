@@ -15,8 +15,8 @@ help:
 	@echo "make test       quick tests"
 	@echo "make test-slow  tests that train for real"
 	@echo "make test-legacy  tests with NNCF 2.19, in an environment of their own ($(LEGACY_VENV))"
-	@echo "make check      ruff, mypy, and whether docs/config.md is up to date"
-	@echo "make audit      known vulnerabilities of the installed dependencies (needs the network)"
+	@echo "make check      ruff, mypy, whether docs/config.md is up to date, and make audit"
+	@echo "make audit      known vulnerabilities of the installed dependencies, where that can be asked"
 	@echo "make style      format the sources"
 	@echo "make docs       write docs/config.md anew"
 	@echo "Each makes the virtual environment $(VENV) first, where it is missing (PYTHON=... chooses the interpreter)."
@@ -48,10 +48,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/nncf-mpq config docs | diff docs/config.md -
+	.ci/audit $(BIN)/python
 
 audit: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/python -m pip_audit --skip-editable
+	.ci/audit $(BIN)/python
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

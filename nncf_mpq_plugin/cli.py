@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out, err = Console(soft_wrap=True, quiet=not _prints()), Console(stderr=True, soft_wrap=True)
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and getattr(options, "command", "") not in SHARED:
+        if _together() and getattr(options, "command", "") not in SHARED:
             msg = f"Under torchrun the commands are {', '.join(SHARED)}; run the others without it."
             raise InputError(msg)
         result = options.function(options, out)
@@ -75,9 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _together() -> bool:
+    """:return: whether torchrun has started several processes of this command."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def _prints() -> bool:
     """:return: false in all processes but the first of those that torchrun starts."""
-    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK") == "0"
+    return not _together() or os.environ["RANK"] == "0"
 
 
 def _failure(error: MPQError) -> dict[str, Any]:
@@ -160,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         action.set_defaults(function=function)
         if name == "check":
             action.add_argument("file", metavar="FILE", help="the config, as nncf-mpq run takes it")
+            action.add_argument(
+                "--allow-code", action="store_true", help="also import the callables that the config names"
+            )
     return parser
 
 
@@ -445,10 +453,16 @@ def _report(options: argparse.Namespace, out: Console) -> None:
 
 def _config_check(options: argparse.Namespace, out: Console) -> None:
     from nncf_mpq_plugin.config import Config
+    from nncf_mpq_plugin.preflight import check_sources
 
     config = Config.load(options.file)
+    if options.allow_code:
+        sys.path.insert(0, os.getcwd())
+    left_out = check_sources(config, allow_code=options.allow_code)
     budgets = json.dumps(config.budget.to_json())
     out.print(f"{options.file} is valid: {config.model} on {config.data.source}, budgets {budgets}", highlight=False)
+    for name in left_out:
+        out.print(f"Not looked at without --allow-code, which would run it: {name}", highlight=False, markup=False)
 
 
 def _config_schema(options: argparse.Namespace, out: Console) -> None:

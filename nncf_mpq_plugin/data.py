@@ -149,19 +149,24 @@ def load_data(
         return digits(sample_size, batch_size)
     if source.startswith("imagefolder:"):
         return imagefolder(source.removeprefix("imagefolder:"), sample_size, batch_size, workers)
-    if ":" not in source:
-        close = nearest(source, ["digits", "imagefolder:DIR", "package.module:callable"])
-        msg = (
-            f"data.source: {source!r} is not 'digits', 'imagefolder:DIR' or 'package.module:callable'."
-            f"{f' Did you mean {close!r}?' if close else ''}"
-        )
-        raise ConfigError(msg)
+    check_source_name(source)
     place = f"data.source {source!r}"
     loaders = call(import_callable(source, "data.source", allow_code=allow_code), arguments or {}, place)
     if not isinstance(loaders, tuple | list) or len(loaders) != 2:
         msg = f"{place}: expected a pair (training loader, validation loader), got {type(loaders).__name__}."
         raise InputError(msg)
     return Data(*loaders)
+
+
+def check_source_name(source: str) -> None:
+    """:raises ConfigError: if ``source`` is none of the forms that :func:`load_data` knows."""
+    if source != "digits" and ":" not in source:
+        close = nearest(source, ["digits", "imagefolder:DIR", "package.module:callable"])
+        msg = (
+            f"data.source: {source!r} is not 'digits', 'imagefolder:DIR' or 'package.module:callable'."
+            f"{f' Did you mean {close!r}?' if close else ''}"
+        )
+        raise ConfigError(msg)
 
 
 def check_data(data: Data, sample_size: Sequence[int], classes: int) -> None:

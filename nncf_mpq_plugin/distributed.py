@@ -73,7 +73,7 @@ def joined(device: str) -> Iterator[None]:
     :raises InputError: if there are fewer GPUs than processes.
     :raises PeerError: if another process of this run ends early.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     cuda = device != "cpu" and torch.cuda.is_available()

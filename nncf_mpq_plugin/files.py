@@ -15,7 +15,10 @@ from safetensors import SafetensorError
 from nncf_mpq_plugin.errors import InputError, MPQError, StorageError
 
 TEMPORARY = ".tmp-"  # how the names of unfinished files begin
-MISPLACED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT)
+MISPLACED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT),
+    errno.ELOOP,
+)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,11 @@ def build_model(spec: str, arguments: Mapping[str, Any], *, allow_code: bool = F
     return model
 
 
+def is_foreign(spec: str) -> bool:
+    """:return: whether ``spec`` names code outside torchvision and this package."""
+    return not spec.startswith("torchvision:") and spec.partition(":")[0] != TRUSTED_MODULE
+
+
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
@@ -64,6 +69,22 @@ def _torchvision_model(name: str) -> Callable[..., Any]:
     return build
 
 
+def split_callable(spec: str, key: str) -> tuple[str, str]:
+    """
+    :param spec: ``package.module:callable``.
+    :param key: the config key it stands at, for messages.
+    :return: module and name.
+    :raises ConfigError: if it is not of that form.
+    """
+    module, colon, name = spec.partition(":")
+    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        known = nearest(spec, _torchvision_names()) if key == "model" and not colon else None
+        hint = f" Did you mean 'torchvision:{known}'?" if known else ""
+        msg = f"{key}: {spec!r} is not of the form 'package.module:callable' (or 'torchvision:NAME' for a model).{hint}"
+        raise ConfigError(msg)
+    return module, name
+
+
 def import_callable(spec: str, key: str, *, allow_code: bool) -> Callable[..., Any]:
     """
     Import ``package.module:callable``.
@@ -73,12 +94,7 @@ def import_callable(spec: str, key: str, *, allow_code: bool) -> Callable[..., A
     :param allow_code: see :func:`build_model`.
     :raises ConfigError: if it cannot be found or is not allowed; the message names the nearest name in the module.
     """
-    module_name, colon, name = spec.partition(":")
-    if not colon or not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
-        known = nearest(spec, _torchvision_names()) if key == "model" and not colon else None
-        hint = f" Did you mean 'torchvision:{known}'?" if known else ""
-        msg = f"{key}: {spec!r} is not of the form 'package.module:callable' (or 'torchvision:NAME' for a model).{hint}"
-        raise ConfigError(msg)
+    module_name, name = split_callable(spec, key)
     if module_name != TRUSTED_MODULE and not allow_code:
         msg = (
             f"{key}: {spec!r} would import and run code from outside this package. If you trust it, say so with "

@@ -169,7 +169,7 @@ class Pipeline:
             stage.function(self)
         else:
             distributed.on_main(lambda: stage.function(self))
-        distributed.on_main(lambda: self.folder.finish(name, inputs))
+        distributed.on_main(lambda: self.folder.finish(name, [*inputs, *stage.final]))
         self._log(f"{stage.title}: done in {time.perf_counter() - begin:.1f} s")
         return True
 
@@ -179,7 +179,7 @@ class Pipeline:
         if not stage.wanted(self.folder):
             return None
         inputs = [*stage.inputs, *(extra for extra in stage.optional if self.folder.file(extra).exists())]
-        if self.folder.is_done(name, inputs, stage.outputs):
+        if self.folder.is_done(name, [*inputs, *stage.final], stage.outputs):
             self._log(f"{stage.title}: done already")
             return None
         missing = next((file for file in inputs if not self.folder.file(file).exists()), "")
@@ -554,6 +554,7 @@ class Stage:
     :param outputs: files that it writes.
     :param optional: files that it reads where they exist.
     :param wanted: whether the config asks for it.
+    :param final: outputs that nobody edits; one that is not as the stage left it is made again.
     :param shared: all processes that torchrun has started take part; otherwise the first one does it alone.
     """
 
@@ -564,6 +565,7 @@ class Stage:
     outputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
     wanted: Callable[[RunFolder], bool] = lambda folder: True
+    final: tuple[str, ...] = ()
     shared: bool = False
 
 
@@ -605,7 +607,14 @@ STAGES: Mapping[str, Stage] = {
         (INT8_METRICS,),
         wanted=lambda folder: folder.config.uniform_baseline,
     ),
-    "export": Stage("Export", "export", Pipeline.export, (MODEL, MODEL_CONFIG), (ONNX, IR, IR_WEIGHTS)),
+    "export": Stage(
+        "Export",
+        "export",
+        Pipeline.export,
+        (MODEL, MODEL_CONFIG),
+        (ONNX, IR, IR_WEIGHTS),
+        final=(ONNX, IR, IR_WEIGHTS),
+    ),
     "verify": Stage(
         "Verification", "verify", Pipeline.verify, (MODEL, MODEL_CONFIG, ONNX, IR, IR_WEIGHTS), (VERIFICATION,)
     ),

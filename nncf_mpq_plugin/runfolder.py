@@ -58,17 +58,21 @@ class RunFolder:
             if restart and saved.exists():
                 for name in (*RESULTS, *RECORDS):
                     _remove(path / name)
-            changes = differences(Config.load(saved).to_json(), config.to_json()) if saved.exists() else []
+            refuse_links_outside(path)
+            begun = next((file for file in (path / BEGUN_WITH, saved) if file.exists()), None)
+            changes = differences(Config.load(begun).to_json(), config.to_json()) if begun else []
             if changes and _left_anything(path):
                 lines = "\n".join(f"  {change}" for change in changes)
                 msg = (
                     f"{path} holds a run with another config:\n{lines}\n"
-                    "Choose another --output, or begin anew with --restart (which removes that run)."
+                    "Choose another --output, or begin anew with --restart (which removes that run). If you edited its "
+                    f"config.json: what is there was made with the config before; {BEGUN_WITH} still has that."
                 )
                 raise InputError(msg)
             remove_unfinished(path)
-            if changes or not saved.exists():
-                write_json(saved, config.to_json())
+            for file in (saved, path / BEGUN_WITH):
+                if not file.exists() or read_json(file) != config.to_json():
+                    write_json(file, config.to_json())
             if not (path / "versions.json").exists():
                 write_json(path / "versions.json", versions())
         except OSError as error:
@@ -86,6 +90,7 @@ class RunFolder:
         if not saved.is_file():
             msg = f"{path}: there is no run (no config.json in it). Begin one with: nncf-mpq run CONFIG --output {path}"
             raise InputError(msg)
+        refuse_links_outside(Path(path))
         return cls(Path(path), Config.load(saved))
 
     def file(self, name: str) -> Path:
@@ -149,6 +154,23 @@ RESULTS = (
     *("deploy", "verify.json", "benchmark.json", "report.html", "summary.json"),
 )
 RECORDS = ("log.txt", "state", "versions.json", "config.json")
+BEGUN_WITH = "state/config.json"  # a copy of config.json, which people may edit
+
+
+def refuse_links_outside(path: Path) -> None:
+    """
+    A run's folder may come from a stranger: what is written into it must stay in it.
+
+    :raises InputError: if a link in it leads elsewhere.
+    """
+    inside = os.path.realpath(path)
+    for entry in path.rglob("*"):
+        if entry.is_symlink() and not Path(target := os.path.realpath(entry)).is_relative_to(inside):
+            msg = (
+                f"{entry} is a link to {target}, outside the run's folder: results would be written there. "
+                "Remove the link, or link the whole folder."
+            )
+            raise InputError(msg)
 
 
 def _left_anything(path: Path) -> bool:
@@ -177,7 +199,8 @@ def locked(path: str | Path) -> Iterator[None]:
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        file = open(Path(path) / ".lock", "w")  # noqa: SIM115
+        # a link in its place is not followed: the folder may be a stranger's
+        file = os.fdopen(os.open(Path(path) / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
     except OSError as error:
         raise unwritable(Path(path), error, "Choose another --output.") from error
     with file:

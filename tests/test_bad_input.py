@@ -116,14 +116,32 @@ CASES = {
         r"x/train: no images by class",
     ),
     "truncated safetensors": Case(
-        "truncated checkpoint",
+        "unreadable or truncated checkpoint",
         tiny(checkpoint="w.safetensors"),
         2,
         r"w\.safetensors: not a whole safetensors file",
         truncated("w.safetensors"),
     ),
     "truncated pth": Case(
-        "truncated checkpoint", tiny(checkpoint="w.pth"), 2, r"w\.pth: (cannot be read|not a plain)", truncated("w.pth")
+        "unreadable or truncated checkpoint",
+        tiny(checkpoint="w.pth"),
+        2,
+        r"w\.pth: (cannot be read|not a plain)",
+        truncated("w.pth"),
+    ),
+    "no checkpoint but text": Case(
+        "unreadable or truncated checkpoint",
+        tiny(checkpoint="w.pth"),
+        2,
+        r"w\.pth: (cannot be read|not a plain)",
+        lambda folder: (folder / "w.pth").write_text("weights"),
+    ),
+    "no safetensors but text": Case(
+        "unreadable or truncated checkpoint",
+        tiny(checkpoint="w.safetensors"),
+        2,
+        r"w\.safetensors: not a whole safetensors file",
+        lambda folder: (folder / "w.safetensors").write_text("weights"),
     ),
     "other architecture": Case(
         "checkpoint of another model",
@@ -384,7 +402,11 @@ def test_the_supported_versions_are_those_of_pyproject() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- table
-ELSEWHERE = {"disk full", "read-only folder", "unsupported versions", *ACCEPTED}
+ELSEWHERE = {
+    *("disk full", "read-only folder", "unsupported versions", "folder of another config", "damaged exported file"),
+    *("edited `config.json` of a run", "link out of a run's folder", "batch that processes cannot share"),
+    *("a process of several dies", *ACCEPTED),
+}
 
 
 def test_the_table_in_the_docs_has_a_row_for_each_case_and_no_other() -> None:

@@ -167,3 +167,31 @@ def test_ctrl_c_stops_all_processes_and_saves(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert f"torchrun --nproc_per_node=2 -m nncf_mpq_plugin run {folder}" in " ".join(error.split())
     assert load_state(folder / "state" / "float" / "state.safetensors")[1]["step"] > before
+
+
+QUANTIZE = """
+import os, sys, torch
+from pathlib import Path
+from nncf_mpq_plugin import quantize
+from nncf_mpq_plugin.data import digits
+from nncf_mpq_plugin.networks import digits_resnet
+
+torch.manual_seed(0)
+data, folder, short = digits([1, 1, 8, 8], 64), Path(sys.argv[1]), {"epochs": 1, "data_fraction": 0.2}
+result = quantize(
+    digits_resnet(width=4, blocks=1), data.train, data.validation, budgets={"bitops_ratio": 0.3}, bits=[2, 4, 8],
+    joint_training=short, fine_tuning=short, uniform_baseline=False, output=folder, device="cpu",
+)
+output = result.model(next(iter(data.validation))[0]).sum().item()
+(folder.parent / os.environ["RANK"]).write_text(repr(output))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_of_ones_own_trains_in_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(QUANTIZE)
+    process = torchrun(tmp_path / "script.py", tmp_path / "run")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+    assert read_json(tmp_path / "run" / "summary.json")["verification"]["ok"]

@@ -42,6 +42,7 @@ LAYERS = (
     ("stability", "placement", "checkpoint", "batches", "models", "summary", "tables"),
     ("training", "data"),
     ("loop", "importance"),
+    ("preflight",),
     ("joint", "finetune", "floating", "runfolder", "sensitivity", "refine"),
     ("search_options",),
 )

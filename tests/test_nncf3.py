@@ -1,7 +1,6 @@
 """Placement, freezing and loading on real NNCF 3."""
 
 import copy
-import importlib
 import subprocess
 import sys
 
@@ -37,20 +36,6 @@ def residual():
 @pytest.fixture(scope="module")
 def branches():
     return placed(Branches)
-
-
-@pytest.mark.parametrize("name", nncf3.PRIVATE_NAMES)
-def test_private_name_of_nncf_exists(name):
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[length:]:
-            found = getattr(found, part)
-        return
-    pytest.fail(name)
 
 
 def test_every_weighted_layer_is_placed_in_order(residual):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -203,6 +204,33 @@ def test_another_config_is_refused_with_the_difference_shown(
     assert digests(run_copy) == before
 
 
+def test_an_edited_config_of_a_run_is_noticed(run_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = digests(run_copy)
+    original = (run_copy / "config.json").read_text()
+    value = read_json(run_copy / "config.json")
+    value["fine_tuning"]["epochs"] = 7
+    (run_copy / "config.json").write_text(json.dumps(value))
+    assert main(["run", str(run_copy)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "fine_tuning.epochs: 1 -> 7" in error
+    assert "If you edited its config.json" in error
+    assert "--restart" in error
+    assert digests(run_copy) == before
+    assert RunFolder.create(run_copy, Config.from_json(tiny())).config.to_json() == json.loads(original)
+    assert json.loads((run_copy / "config.json").read_text()) == json.loads(original), "made good"
+    assert main(["export", str(run_copy)]) == 0
+
+
+def test_a_damaged_exported_file_is_made_again(run_copy: Path) -> None:
+    path = run_copy / "deploy" / "model.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5] + b"xxxxx")
+    lines: list[str] = []
+    assert pipeline_of(run_copy, lines).run_stage("export") is True
+    assert path.read_bytes() == whole
+    assert pipeline_of(run_copy, lines).run_stage("export") is False
+
+
 def test_restart_begins_anew_and_leaves_foreign_files(run_copy: Path) -> None:
     (run_copy / "notes.txt").write_text("mine")
     config = Config.from_json(tiny(fine_tuning={"epochs": 7}))
@@ -210,6 +238,7 @@ def test_restart_begins_anew_and_leaves_foreign_files(run_copy: Path) -> None:
     assert sorted(path.name for path in run_copy.iterdir() if not path.name.startswith(".")) == [
         "config.json",
         "notes.txt",
+        "state",
         "versions.json",
     ]
     assert RunFolder.open(run_copy).config == config
@@ -451,6 +480,37 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
         assert not list(folder.rglob(".tmp-*"))
 
 
+def wait_for_line(folder: Path, text: str, process: subprocess.Popen[str]) -> None:
+    log = folder / "log.txt"
+    while not log.exists() or text not in log.read_text():
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_kill_in_each_stage_changes_nothing(tmp_path: Path) -> None:
+    config, folder, generator = write_tiny(tmp_path), tmp_path / "killed", random.Random(1)
+    whole = start(config, tmp_path / "whole")
+    _, error = whole.communicate()
+    assert whole.returncode == 0, error
+    killed = []
+    for name, stage in STAGES.items():
+        process = start(config, folder)
+        wait_for_line(folder, f"{stage.title} ...", process)
+        time.sleep(generator.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            killed.append(name)
+    assert len(killed) >= len(STAGES) - 1, "the last stage may be over before the kill"
+    process = start(config, folder)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert digests(folder) == digests(tmp_path / "whole")
+    assert not list(folder.rglob(".tmp-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["float", "importance", "finetune"])
 def test_ctrl_c_saves_and_says_how_to_go_on(stage: str, tmp_path: Path) -> None:
@@ -462,8 +522,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stage: str, tmp_path: Path) -> None:
     config.write_text(json.dumps(value))
     process = start(config, folder)
     wait_for_training(folder, process, stage)
+    wait_for_line(folder, " left", process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
+    told = rf"{stage}: \d+ of \d+, loss [\d.]+, [\dhmins ]+ left"
+    assert re.search(told, error), "without a terminal progress is told in lines"
+    assert re.search(told, (folder / "log.txt").read_text())
     assert process.returncode == 130, error
     assert f"nncf-mpq run {folder}" in " ".join(error.split())
     assert "Traceback" not in error

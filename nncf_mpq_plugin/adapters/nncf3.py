@@ -56,17 +56,51 @@ check_versions()  # adapters/__init__.py lets NNCF 2.19 pass
 # NNCF compiles a CPU extension on first use and gives up after 60 s, which a busy machine exceeds
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")
 
+# What this package uses of NNCF. tests/test_nncf3_names.py looks each name up, and at the code for names left out here.
+PUBLIC_NAMES = (
+    "nncf.Dataset",
+    "nncf.IgnoredScope",
+    "nncf.InternalError",
+    "nncf.QuantizationPreset.PERFORMANCE",
+    "nncf.quantization.advanced_parameters.AdvancedQuantizationParameters",
+    "nncf.quantize",
+    "nncf.torch.get_config",
+    "nncf.torch.load_from_config",
+)
 PRIVATE_NAMES = (
+    "nncf.common.graph.graph.NNCFGraph.get_all_nodes",
+    "nncf.common.graph.graph.NNCFGraph.get_input_edges",
+    "nncf.common.graph.graph.NNCFGraph.get_output_edges",
+    "nncf.common.graph.graph.NNCFGraph.topological_sort",
+    "nncf.common.graph.graph.NNCFNode.metatype",
+    "nncf.common.graph.graph.NNCFNode.node_name",
     "nncf.torch.function_hook.get_hook_storage",
-    "nncf.torch.function_hook.hook_storage.HookStorage.named_hooks",
     "nncf.torch.function_hook.hook_storage.HookStorage.delete_hook",
     "nncf.torch.function_hook.hook_storage.HookStorage.insert_hook_by_name",
-    "nncf.torch.function_hook.hook_storage.decode_hook_name",
+    "nncf.torch.function_hook.hook_storage.HookStorage.named_hooks",
     "nncf.torch.function_hook.nncf_graph.nncf_graph_builder.build_nncf_graph",
+    "nncf.torch.graph.operator_metatypes.PTConstNoopMetatype",
     "nncf.torch.quantization.default_quantization.DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT",
+    "nncf.torch.quantization.default_quantization.QuantizationTrait.CONCAT",
+    "nncf.torch.quantization.default_quantization.QuantizationTrait.QUANTIZATION_AGNOSTIC",
     "nncf.torch.quantization.layers.PTQuantizerSpec",
-    "nncf.torch.quantization.layers.SymmetricQuantizer",
+    "nncf.torch.quantization.layers.QuantizationMode.SYMMETRIC",
+    "nncf.torch.quantization.layers.SymmetricQuantizer.level_high",
+    "nncf.torch.quantization.layers.SymmetricQuantizer.level_low",
+    "nncf.torch.quantization.layers.SymmetricQuantizer.scale",
+    "nncf.torch.quantization.layers.SymmetricQuantizer.signed",
 )
+# Attributes that only objects have: class -> names. Hooks are called "pre_hooks.OPERATION__PORT.NUMBER", see _position.
+PRIVATE_ATTRIBUTES = {
+    "nncf.common.graph.graph.NNCFGraphEdge": (
+        "from_node",
+        "input_port_id",
+        "output_port_id",
+        "tensor_shape",
+        "to_node",
+    ),
+    "nncf.torch.quantization.layers.SymmetricQuantizer": ("_scale_param_storage",),
+}
 
 WEIGHTED_FUNCTIONS = ("conv1d", "conv2d", "conv3d", "linear")
 ADD_FUNCTIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
