@@ -41,7 +41,10 @@ def check_sources(config: Config, *, allow_code: bool = False) -> list[str]:
         if config.checkpoint is not None:
             read_state(config.checkpoint)
     else:
-        model = build_model(config.model, config.model_arguments, allow_code=allow_code)
+        arguments = dict(config.model_arguments)
+        if config.model.startswith("torchvision:"):
+            arguments.pop("weights", None)  # would be downloaded
+        model = build_model(config.model, arguments, allow_code=allow_code)
         if config.checkpoint is not None:
             load_weights(model, config.checkpoint)
         check_model(model, torch.zeros(2, *config.sample_size[1:]))
