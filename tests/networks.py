@@ -86,6 +86,27 @@ class Inverted(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Dense(nn.Module):
+    """Layers that read the concatenation of all before them through a batch norm, as in DenseNet, and a transition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8 + 4 * index) for index in range(3)])
+        self.convs = nn.ModuleList([nn.Conv2d(8 + 4 * index, 4, 3, 1, 1, bias=False) for index in range(2)])
+        self.transition = nn.Conv2d(16, 8, 1, bias=False)
+        self.last = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for norm, conv in zip(self.norms, self.convs, strict=False):
+            features.append(conv(torch.relu(norm(torch.cat(features, 1)))))
+        x = self.transition(torch.relu(self.norms[2](torch.cat(features, 1))))
+        x = torch.relu(self.last(nn.functional.avg_pool2d(x, 2, 2)))
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class SqueezeExcite(nn.Module):
     """An inverted residual with squeeze-and-excitation (hard sigmoid) and hard swish, as in MobileNetV3."""
 

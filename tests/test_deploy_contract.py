@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Attention, Branches, Inverted, Residual, SqueezeExcite, prepared
+from networks import Attention, Branches, Dense, Inverted, Residual, SqueezeExcite, prepared
 
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
@@ -27,7 +27,7 @@ from nncf_mpq_plugin.types import LayerBits, Policy  # noqa: E402
 
 BITS = (2, 3, 4, 5, 6, 8)
 LIMIT = "ONEDNN_MAX_CPU_ISA"
-EXACT = (Residual, Branches, Inverted)  # no floating-point function between quantizers
+EXACT = (Residual, Branches, Inverted, Dense)  # no floating-point function between quantizers
 CASES = [
     pytest.param(network, seed, marks=[pytest.mark.slow] if seed else [], id=f"{network.__name__}-{seed}")
     for network in (*EXACT, SqueezeExcite, Attention)
@@ -119,7 +119,7 @@ def test_the_contract_is_kept_with_avx2(exported, root):
     environment = {**os.environ, LIMIT: "AVX2"}
     done = subprocess.run([sys.executable, __file__, str(root)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert len(done.stdout.splitlines()) == 15
+    assert len(done.stdout.splitlines()) == 18
 
 
 def check_under_the_limit(root: Path) -> None:

@@ -55,9 +55,9 @@ class Graph:
         return certify(model)
 
 
-def layer(ratio, step=2.0**-6, out=0.125, **options):
+def layer(ratio, step=2.0**-6, out=0.125, integers=100, bias=0):
     graph = Graph(step)
-    made = graph.convolution(graph.x, step, np.atleast_1d(ratio) * out / step, "conv", **options)
+    made = graph.convolution(graph.x, step, np.atleast_1d(ratio) * out / step, "conv", integers, bias)
     graph.quantize(made, out, "y")
     return graph.certificate()
 
@@ -67,7 +67,7 @@ def test_an_odd_denominator_gives_its_margin(p, q):
     margin = layer(p / q).margins[1]
     assert margin.reason is None
     assert margin.margin == pytest.approx(0.5 / q)
-    assert UNIT_ROUNDOFF * 255 < margin.error < margin.margin
+    assert UNIT_ROUNDOFF * 64 < margin.error < margin.margin
 
 
 @pytest.mark.parametrize("ratio", [1 / 2, 3 / 4, 5 / 202, 0.0123416])
@@ -83,10 +83,10 @@ def test_the_channel_with_the_smallest_margin_counts():
 
 def test_values_that_reach_no_tie_need_no_lattice():
     """Three products of at most 255 times a millionth of a step, and half of them after a bias."""
-    margin = layer(1e-6).margins[1]
+    margin = layer(1e-6, integers=1).margins[1]
     assert margin.reason is None
     assert margin.margin == pytest.approx(0.5 - 3 * 255e-6, rel=1e-3)
-    assert layer(1e-6, bias=500_000).margins[1].reason is not None
+    assert layer(1e-6, integers=1, bias=500_000).margins[1].reason is not None
 
 
 def test_the_input_is_exact_at_a_power_of_two_only():

@@ -13,8 +13,8 @@ from nncf_mpq_plugin.adapters.ties import TOLERANCE, Steps, Term, read_sums, tie
 HALF = Fraction(1, 2)
 
 
-def op(name, kind, *inputs, averaged=None, bounds=()):
-    return Op(name, kind, {port: (source, 0) for port, source in enumerate(inputs)}, averaged=averaged, bounds=bounds)
+def op(name, kind, *inputs, **properties):
+    return Op(name, kind, {port: (source, 0) for port, source in enumerate(inputs)}, **properties)
 
 
 def behind(*names):
@@ -32,23 +32,24 @@ OPS = [
     op("last", WEIGHTED, "pool"),
 ]
 POSITIONS = behind("x", "stored", "narrow", "pool")
-INPUTS = {"first": "x", "branch": "stored", "last": "pool"}
 HIGHEST = dict.fromkeys(POSITIONS.values(), 255)
 
 
 def test_sums_follow_the_graph():
-    assert read_sums(OPS, POSITIONS) == {
+    reads = read_sums(OPS, POSITIONS)
+    assert reads.sums == {
         "x": None,
         "stored": [(Term("first"),)],
         "narrow": [(Term("branch"), Term("stored"))],
         "pool": [(Term("narrow", 64),)],
     }
+    assert reads.inputs == {"first": ("x",), "branch": ("stored",), "last": ("pool",)}
 
 
 def test_a_function_that_makes_other_values_ends_the_sum():
     ops = [*OPS[:3], op("gelu", OTHER, "stored"), op("after", WEIGHTED, "gelu")]
-    assert read_sums(ops, behind("x", "stored", "gelu"))["gelu"] is None
-    assert read_sums([*OPS[:2], op("second", WEIGHTED, "first")], behind("x", "second"))["second"] is None
+    assert read_sums(ops, behind("x", "stored", "gelu")).sums["gelu"] is None
+    assert read_sums([*OPS[:2], op("second", WEIGHTED, "first")], behind("x", "second")).sums["second"] is None
 
 
 def test_a_clipped_value_and_each_part_of_a_concatenation_are_sums_of_their_own():
@@ -60,12 +61,12 @@ def test_a_clipped_value_and_each_part_of_a_concatenation_are_sums_of_their_own(
         op("cat", CONCAT, "left", "relu6"),
         op("mean", OTHER, "relu6", averaged=4),
     ]
-    found = read_sums(ops, behind("x", "cat", "mean"))
+    found = read_sums(ops, behind("x", "cat", "mean")).sums
     assert found["cat"] == [(Term("left"),), (Term("right"),), (Term("", 1, 6.0),)]
     assert found["mean"] == [(Term("right", 4), Term("", 4, 6.0))]
 
 
-def fraction(value, largest=2**12):
+def fraction(value, largest=2**18):
     result = Fraction(value).limit_denominator(largest)
     assert float(result) == pytest.approx(value, rel=1e-9)
     return result
@@ -82,10 +83,10 @@ def test_no_sum_of_integers_lies_on_a_tie(steps, weights):
         {"x": x, "stored": stored, "narrow": stored * (0.5 + narrow), "pool": stored / 8 * (0.5 + pool)},
         {name: np.array(weights) * scale for name, scale in [("first", 1.0), ("branch", 0.7), ("last", 1.3)]},
     )
-    after = tie_free(read_sums(OPS, POSITIONS), before, INPUTS, HIGHEST)
+    after = tie_free(read_sums(OPS, POSITIONS), before, HIGHEST)
     assert after.quantizers["x"] == x
     for name, step in before.quantizers.items():
-        assert abs(after.quantizers[name] / step - 1) <= TOLERANCE + 1e-12
+        assert abs(after.quantizers[name] / step - 1) <= 1.01 * TOLERANCE
     assert np.array_equal(after.weights["last"], before.weights["last"])  # nothing rounds its output
     q = after.quantizers
     identity, mean = fraction(q["stored"] / q["narrow"]), fraction(q["narrow"] / (64 * q["pool"]))
@@ -94,7 +95,7 @@ def test_no_sum_of_integers_lies_on_a_tie(steps, weights):
         for layer, source, target in [("first", "x", "stored"), ("branch", "stored", "narrow")]:
             old = before.weights[layer][channel] * before.quantizers[source] / before.quantizers[target]
             ratio = after.weights[layer][channel] * q[source] / q[target]
-            if ratio * 2**11 < 300:
+            if ratio * 2**17 < 300:
                 continue  # too small a unit for the largest denominator
             assert ratio == pytest.approx(old, rel=4 * TOLERANCE)
             unit = fraction(ratio)
@@ -102,7 +103,7 @@ def test_no_sum_of_integers_lies_on_a_tie(steps, weights):
             for k in range(-40, 40, 7):
                 total = unit * k + (identity * (k % 5) if layer == "branch" else 0)
                 assert (total - HALF).denominator != 1
-                assert abs(total - HALF - round(total - HALF)) >= Fraction(1, 2 * 2**11)
+                assert abs(total - HALF - round(total - HALF)) >= Fraction(1, 2**18)
 
 
 def test_two_layers_that_are_added_share_a_denominator():
@@ -113,7 +114,7 @@ def test_two_layers_that_are_added_share_a_denominator():
         op("sum", ADD, "one", "two"),
     ]
     before = Steps({"x": 0.02, "sum": 0.05}, {"one": np.array([0.01, 0.3]), "two": np.array([0.02, 0.007])})
-    after = tie_free(read_sums(ops, behind("x", "sum")), before, {"one": "x", "two": "x"}, {"x": 255, "sum": 255})
+    after = tie_free(read_sums(ops, behind("x", "sum")), before, {"x": 255, "sum": 255})
     for one, two in zip(after.weights["one"], after.weights["two"], strict=True):
         pair = [fraction(w * 0.02 / 0.05) for w in (one, two)]
         assert np.lcm(*[p.denominator for p in pair]) % 2 == 1
@@ -127,7 +128,7 @@ def test_a_quantized_branch_becomes_a_multiple_of_the_path_it_is_added_to():
         {"x": 0.01, "stored": 0.0213, "branch": 0.0171, "narrow": 0.0317},
         {"first": np.array([0.01]), "branch": np.array([0.02])},
     )
-    q = tie_free(read_sums(ops, positions), before, INPUTS, dict.fromkeys(positions.values(), 255)).quantizers
+    q = tie_free(read_sums(ops, positions), before, dict.fromkeys(positions.values(), 255)).quantizers
     common = np.lcm(*[fraction(q[name] / q["narrow"]).denominator for name in ("stored", "branch")])
     assert common % 2 == 1
     assert common < 2**11
@@ -137,7 +138,32 @@ def test_the_bound_of_relu6_lies_on_no_tie():
     ops = [op("x", OTHER), op("first", WEIGHTED, "x"), op("relu6", OTHER, "first", averaged=1, bounds=(0.0, 6.0))]
     before = Steps({"x": 0.02, "relu6": 6 / 10.5}, {"first": np.array([0.01])})
     sums = read_sums(ops, behind("x", "relu6"))
-    after = tie_free(sums, before, {"first": "x"}, {"x": 255, "relu6": 15})
+    after = tie_free(sums, before, {"x": 255, "relu6": 15})
     assert fraction(6 / after.quantizers["relu6"]).denominator % 2 == 1
-    unchanged = tie_free(sums, before, {"first": "x"}, {"x": 255, "relu6": 7})  # 6 is above its range
+    unchanged = tie_free(sums, before, {"x": 255, "relu6": 7})  # 6 is above its range
     assert unchanged.quantizers["relu6"] == before.quantizers["relu6"]
+
+
+def test_a_batch_norm_behind_a_concatenation_is_placed_channel_by_channel():
+    ops = [
+        op("x", OTHER, channels=3),
+        op("left", WEIGHTED, "x", channels=2),
+        op("right", WEIGHTED, "x", channels=1),
+        op("cat", CONCAT, "left", "right", channels=3),
+        op("norm", OTHER, "cat", channels=3, scales_channels=True),
+        op("relu", OTHER, "norm", averaged=1, channels=3),
+    ]
+    reads = read_sums(ops, behind("x", "left", "right", "relu"))
+    assert reads.inputs["norm"] == ("left", "left", "right")
+    assert reads.sums["relu"] == [(Term("norm"),)]
+    before = Steps(
+        {"x": 0.25, "left": 0.031, "right": 0.0171, "relu": 0.0513},
+        {"left": np.array([0.01, 0.02]), "right": np.array([0.03]), "norm": np.array([0.37, 1.9, 0.008])},
+    )
+    after = tie_free(reads, before, dict.fromkeys(["x", "left", "right", "relu"], 255))
+    for channel, source in enumerate(reads.inputs["norm"]):
+        ratio = after.weights["norm"][channel] * after.quantizers[source] / after.quantizers["relu"]
+        spacing = after.spacings["norm"][channel] / after.quantizers["relu"]
+        assert after.weights["norm"][channel] == pytest.approx(before.weights["norm"][channel], rel=2 * TOLERANCE)
+        assert fraction(ratio).denominator % 2 == fraction(spacing).denominator % 2 == 1
+        assert (fraction(ratio) / fraction(spacing)).denominator == 1

@@ -14,7 +14,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,13 @@ class NNCFQuantizedModel(QuantizedModel):
     :param sites: layer name -> where it lives.
     :param plan: positions of the activation quantizers.
     :param ops: the model's operations in topological order.
+    :param norms: operation -> module of each batch norm that no layer takes in.
     """
 
     sites: Mapping[str, LayerSite] = None  # type: ignore[assignment]
     plan: Plan = None  # type: ignore[assignment]
     ops: tuple[Op, ...] = ()
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def floating_parameters(self) -> tuple[str, ...]:
@@ -193,7 +195,7 @@ def place(
     signs, weight_hooks = _take_out_quantizers(quantized)
     graph = build_nncf_graph(quantized, example_input)
     _check_static(graph, quantized, example_input, calibration)
-    ops, sites, costs = _read_graph(graph, quantized, weight_hooks, example_input.shape[0])
+    ops, sites, costs, norms = _read_graph(graph, quantized, weight_hooks, example_input.shape[0])
     if not costs:
         msg = "NNCF finds no layer to quantize in the model (convolution or linear with a weight), or all are ignored."
         raise UnsupportedModelError(msg)
@@ -249,6 +251,7 @@ def place(
         sites={name: sites[name] for name in weights},
         plan=plan,
         ops=tuple(ops),
+        norms=norms,
     )
     _calibrate(result, calibration)
     return result
@@ -317,10 +320,8 @@ def _fold(quantized: NNCFQuantizedModel, name: str) -> tuple[Tensor, Tensor, Ten
     step = step.flatten().double()
     bias = model.get_parameter(site.bias).double() if site.bias else torch.zeros_like(step)
     if site.batch_norm is not None:
-        norm: Any = model.get_submodule(site.batch_norm)
-        factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        bias = norm.bias.double() + (bias - norm.running_mean.double()) * factor
-        step = step * factor
+        factor, offset = _affine(model.get_submodule(site.batch_norm))
+        bias, step = bias * factor + offset, step * factor
     return integers, step, bias
 
 
@@ -333,32 +334,49 @@ def _input_quantizer(quantized: NNCFQuantizedModel, layer: PlacedLayer) -> Multi
 def _tie_free_steps(
     quantized: NNCFQuantizedModel, weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[MultiBitQuantizer, Tensor]]:
-    """:return: layer -> weight steps ``[out]``, activation quantizer -> step ``[1]``."""
+    """
+    Find steps without ties, and put batch norms that no layer takes in on their lattices.
+
+    :param weights: layer -> weight steps ``[out]`` as trained.
+    :return: layer -> weight steps ``[out]``, activation quantizer -> step ``[1]``.
+    """
     hooks = get_hook_storage(quantized.model).named_hooks(remove_duplicate=False)
-    positions = {_position(name): hook for name, hook in hooks if isinstance(hook, MultiBitQuantizer)}
-    sites = {quantized.sites[layer.cost.name].op: layer for layer in quantized.layers}
-    positions = {position: hook for position, hook in positions.items() if hook.enabled and not hook.weight}
-    names = {hook: _hook_name(position) for position, hook in reversed(positions.items())}
-    inputs = {
-        op: names[hook] for op, layer in sites.items() if (hook := _input_quantizer(quantized, layer)) is not None
+    positions = {
+        _position(name): hook
+        for name, hook in hooks
+        if isinstance(hook, MultiBitQuantizer) and hook.enabled and not hook.weight
     }
+    names = {hook: _hook_name(position) for position, hook in reversed(positions.items())}
+    reads = read_sums(quantized.ops, {position: names[hook] for position, hook in positions.items()})
+    layers = {site.op: name for name, site in quantized.sites.items() if site.op in reads.inputs}
+    norms = {op: _affine(quantized.model.get_submodule(name)) for op, name in quantized.norms.items()}
+    norms = {op: affine for op, affine in norms.items() if op in reads.inputs}
+    movable = {op: weights[name] for op, name in layers.items()} | {op: a.abs() for op, (a, _) in norms.items()}
     found = tie_free(
-        read_sums(quantized.ops, {position: names[hook] for position, hook in positions.items()}),
+        reads,
         Steps(
             {name: float(hook.effective_scale()) for hook, name in names.items()},
-            {op: weights[layer.cost.name].cpu().numpy() for op, layer in sites.items() if op in inputs},
+            {op: step.cpu().numpy() for op, step in movable.items()},
         ),
-        inputs,
         {name: hook.integer_range()[1] for hook, name in names.items()},
     )
-    steps = {}
-    for op, layer in sites.items():
-        before = weights[layer.cost.name]
-        steps[layer.cost.name] = torch.from_numpy(found.weights[op]).to(before) if op in inputs else before
+    for op, (factor, offset) in norms.items():
+        norm: Any = quantized.model.get_submodule(quantized.norms[op])
+        spacing = torch.from_numpy(found.spacings[op]).to(offset)
+        placed = torch.where(spacing > 0, (offset / spacing).round() * spacing, offset)
+        _make_identity(norm, placed)
+        norm.weight.copy_(torch.from_numpy(found.weights[op]).to(factor) * factor.sign())
+    moved = {name: torch.from_numpy(found.weights[op]).to(weights[name]) for op, name in layers.items()}
     return (
-        {name: step.float() for name, step in steps.items()},
+        {name: step.float() for name, step in {**weights, **moved}.items()},
         {hook: hook.scale().new_tensor([found.quantizers[name]]) for hook, name in names.items()},
     )
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """:return: factor and offset ``[C]`` of a batch norm in evaluation mode, in float64."""
+    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return factor, norm.bias.double() - norm.running_mean.double() * factor
 
 
 def save_model(directory: str | Path, frozen: nn.Module) -> None:
@@ -490,8 +508,11 @@ def _check_static(graph: Any, model: nn.Module, example_input: Tensor, calibrati
 
 def _read_graph(
     graph: Any, model: nn.Module, weight_hooks: Mapping[str, str], batch: int
-) -> tuple[list[Op], dict[str, LayerSite], dict[str, tuple[int, int]]]:
-    """:return: operations, layer name -> site, layer name -> (MACs, weights), all in the graph's order."""
+) -> tuple[list[Op], dict[str, LayerSite], dict[str, tuple[int, int]], dict[str, str]]:
+    """
+    :return: operations, layer name -> site, layer name -> (MACs, weights), all in the graph's order, and operation ->
+        module of the batch norms that no layer takes in.
+    """
     ops: list[Op] = []
     sites: dict[str, LayerSite] = {}
     costs: dict[str, tuple[int, int]] = {}
@@ -527,7 +548,9 @@ def _read_graph(
         if is_linear:
             linear.add(node.node_name)
         averaged, bounds = (1, ()) if kind == TRANSPARENT else _averaged(node, graph)
-        ops.append(Op(node.node_name, kind, inputs, is_linear, averaged, bounds))
+        shapes = [edge.tensor_shape for edge in graph.get_output_edges(node)]
+        channels = shapes[0][1] if shapes and len(shapes[0]) > 1 else 0
+        ops.append(Op(node.node_name, kind, inputs, is_linear, averaged, bounds, channels))
         if kind == WEIGHTED:
             weight_name = parameters.get(1)
             name = (weight_name or "").removesuffix(".weight")
@@ -547,7 +570,10 @@ def _read_graph(
             sites[name] = LayerSite(node.node_name, weight_name, parameters.get(2), norm_name)
             if norm_name is not None:
                 folded.add(consumers[0].node_name)
-    return [replace(op, averaged=1) if op.name in folded else op for op in ops], sites, costs
+    norms = {operation: name for operation, name in norms.items() if operation not in folded}
+    for index, op in enumerate(ops):
+        ops[index] = replace(op, averaged=1 if op.name in folded else op.averaged, scales_channels=op.name in norms)
+    return ops, sites, costs, norms
 
 
 def _averaged(node: Any, graph: Any) -> tuple[int | None, tuple[float, ...]]:

@@ -40,6 +40,8 @@ class Op:
     :param averaged: number of values that each of its outputs is the average of; 1 where it moves, selects or clips
         values (or is a batch norm that is folded); None where it computes something else.
     :param bounds: values that it clips at.
+    :param channels: size of the second dimension of its output.
+    :param scales_channels: whether it is a batch norm that no layer takes in: a factor and an offset by channel.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Op:
     linear_output: bool = False
     averaged: int | None = None
     bounds: tuple[float, ...] = ()
+    channels: int = 0
+    scales_channels: bool = False
 
 
 @dataclass(frozen=True, order=True)

@@ -17,8 +17,8 @@ Pure functions on the graph of :mod:`nncf_mpq_plugin.adapters.plan`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
@@ -28,8 +28,8 @@ from nncf_mpq_plugin.adapters.plan import Tensor as TensorName
 
 TOLERANCE = 2.0**-8
 """Largest relative change of a step: at 8 bits, it moves the largest value by one step."""
-LARGEST_DENOMINATOR = 2**19
-"""Of a fraction, over the number of levels: a margin of 2^-20 of the range is the least that float32 leaves."""
+LARGEST_DENOMINATOR = 2**17
+"""Of a fraction: a margin of 2^-18 steps, about the error of float32 at 2 bits."""
 FIRST_SEARCH = 2**11
 """Denominators that are tried before all others; most fractions are among them."""
 
@@ -57,53 +57,74 @@ Sums = list[tuple[Term, ...]]
 class Steps:
     """
     :param quantizers: activation quantizer -> step.
-    :param weights: weighted operation -> steps ``[out]``.
+    :param weights: weighted operation -> weight steps ``[out]``; batch norm that no layer takes in -> factors ``[C]``.
+    :param spacings: the same operations -> spacing of the lattice that their outputs were placed on, 0 where on none.
     """
 
     quantizers: Mapping[str, float]
     weights: Mapping[str, np.ndarray]
+    spacings: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-def read_sums(ops: Sequence[Op], positions: Mapping[Position, str]) -> dict[str, Sums | None]:
+@dataclass(frozen=True)
+class Reads:
+    """
+    :param sums: quantizer -> what it reads, in topological order; None where an operation makes values of no unit.
+    :param inputs: operation whose steps can move (weighted layer or batch norm) -> quantizers of its input channels, or
+        the one quantizer of all.
+    """
+
+    sums: Mapping[str, Sums | None]
+    inputs: Mapping[str, tuple[str, ...]]
+
+
+def read_sums(ops: Sequence[Op], positions: Mapping[Position, str]) -> Reads:
     """
     What each quantizer reads.
 
     :param ops: the model's operations in topological order.
     :param positions: where the quantizers stand -> their names.
-    :return: quantizer -> sums, in topological order; None where an operation makes values of no known unit.
     """
-    names = set(positions.values())
-    known: dict[TensorName, Sums | None] = {}
-
-    def arriving(op: Op, port: int) -> Sums | None:
-        for position in (Position("pre", op.name, port), Position("post", *op.inputs[port])):
-            if position in positions:
-                return [(Term(positions[position]),)]
-        return known.get(op.inputs[port])
-
+    made: dict[TensorName, Sums | None] = {}
+    layouts: dict[TensorName, tuple[str, ...]] = {}  # quantizer of each channel, where all are quantized
+    channels = {op.name: op.channels for op in ops}
+    ports: dict[str, set[int]] = {op.name: {0} for op in ops}
+    for name, port in (tensor for op in ops for tensor in op.inputs.values()):
+        ports[name].add(port)
     found: dict[str, Sums | None] = {}
+    inputs: dict[str, tuple[str, ...]] = {}
     for op in ops:
-        for port in op.inputs:
-            if (name := positions.get(Position("pre", op.name, port))) is not None:
-                behind = positions.get(Position("post", *op.inputs[port]))
-                found.setdefault(name, [(Term(behind),)] if behind else known.get(op.inputs[port]))
-        arrived = [arriving(op, port) for port in op.inputs]
-        made = _made(op, arrived, names)
-        outputs = {0} | {port for other in ops for name, port in other.inputs.values() if name == op.name}
-        for port in sorted(outputs):
-            known[op.name, port] = made
-            if (name := positions.get(Position("post", op.name, port))) is not None:
-                found.setdefault(name, made)
-    return found
+        arrived: list[Sums | None] = []
+        parts = []
+        for port, tensor in op.inputs.items():
+            before, behind = positions.get(Position("pre", op.name, port)), positions.get(Position("post", *tensor))
+            sums: Sums | None = [(Term(behind),)] if behind else made.get(tensor)
+            if before:
+                found.setdefault(before, sums)
+                sums = [(Term(before),)]
+            quantizer = before or behind
+            arrived.append(sums)
+            parts.append((quantizer,) * channels[tensor[0]] if quantizer else layouts.get(tensor, ()))
+        layout = tuple(name for part in parts for name in part) if all(parts) else ()
+        if op.kind == WEIGHTED:
+            read = arrived[0] if arrived else None
+            if read is not None and len(read) == 1 and len(read[0]) == 1 and read[0][0].source in positions.values():
+                inputs[op.name] = (read[0][0].source,)
+        elif op.scales_channels and layout and len(layout) == op.channels:
+            inputs[op.name] = layout
+        result: Sums | None = [(Term(op.name),)] if op.name in inputs else _made(op, arrived)
+        for port in ports[op.name]:
+            made[op.name, port] = result
+            if op.kind == CONCAT or (op.averaged == 1 and len(layout) == op.channels):
+                layouts[op.name, port] = layout
+            if (behind := positions.get(Position("post", op.name, port))) is not None:
+                found.setdefault(behind, result)
+    return Reads(found, inputs)
 
 
-def _made(op: Op, arrived: Sequence[Sums | None], quantizers: Collection[str]) -> Sums | None:
-    """:return: the sums that an operation makes of those that arrive."""
-    if op.kind == WEIGHTED:
-        read = arrived[0] if arrived else None
-        integers = read is not None and len(read) == 1 and len(read[0]) == 1 and read[0][0].source in quantizers
-        return [(Term(op.name),)] if integers else None
-    if not arrived or any(sums is None for sums in arrived):
+def _made(op: Op, arrived: Sequence[Sums | None]) -> Sums | None:
+    """:return: the sums that an operation without steps of its own makes of those that arrive."""
+    if op.kind == WEIGHTED or not arrived or any(sums is None for sums in arrived):
         return None
     known = [sums for sums in arrived if sums is not None]
     if op.kind == ADD:
@@ -125,42 +146,39 @@ def _made(op: Op, arrived: Sequence[Sums | None], quantizers: Collection[str]) -
     return sums + [(Term("", 1, abs(bound)),) for bound in op.bounds if bound]
 
 
-def tie_free(
-    sums: Mapping[str, Sums | None], steps: Steps, inputs: Mapping[str, str], highest: Mapping[str, int]
-) -> Steps:
+def tie_free(reads: Reads, steps: Steps, highest: Mapping[str, int]) -> Steps:
     """
     Move steps so that no rounding tie can be reached.
 
-    :param sums: what :func:`read_sums` found.
+    :param reads: what :func:`read_sums` found.
     :param steps: as trained.
-    :param inputs: weighted operation -> quantizer of its input.
     :param highest: quantizer -> its largest integer; clipping above it decides nothing.
     :return: steps, each within :data:`TOLERANCE` of the trained one (weights' steps: relative to those of the tensors
         around them). What cannot be placed keeps its step.
     """
     quantizers = dict(steps.quantizers)
     weights = {name: np.array(step, np.float64) for name, step in steps.weights.items()}
+    spacings = {name: np.zeros(len(step)) for name, step in weights.items()}
     exact: dict[str, tuple[str, Fraction]] = {}  # quantizer -> what its step is an exact multiple of, and the multiple
     bases: dict[str, float] = {}
     placed: set[str] = set()
-    for name, read in sums.items():
+    for name, read in reads.sums.items():
         read = read or []
-        largest = LARGEST_DENOMINATOR // (highest[name] + 1)
         together = {term: None for total in read for term in total if term.source in exact}
         fixed = list(together)
         bound = next((t for total in read for t in total if _matters(t, quantizers[name], highest[name])), None)
         if not fixed and bound is not None:
             base = f"bound {bound.bound}"
             bases[base] = bound.bound
-            fraction = _nearest_step([Fraction(1, bound.divisor)], bound.bound, quantizers[name], largest)
+            fraction = _nearest_step([Fraction(1, bound.divisor)], bound.bound, quantizers[name])
         elif fixed:
             base = exact[fixed[0].source][0]
             multiples = [
                 multiple / term.divisor for term in fixed for of, multiple in [exact[term.source]] if of == base
             ]
-            fraction = _nearest_step(multiples, bases[base], quantizers[name], largest)
+            fraction = _nearest_step(multiples, bases[base], quantizers[name])
         else:
-            base, fraction = _beside(name, sums, quantizers, exact, bases, largest)
+            base, fraction = _beside(name, reads.sums, quantizers, exact, bases)
         if fraction is not None:
             quantizers[name] = bases[base] * float(fraction)
             exact[name] = (base, fraction)
@@ -169,10 +187,14 @@ def tie_free(
             exact[name] = (name, Fraction(1))
         for total in read:
             free = [term for term in total if term.source in weights and term.source not in placed]
+            sources = [
+                np.array([quantizers[source] for source in reads.inputs[term.source]]) / term.divisor for term in free
+            ]
             common = _common_denominator(total, name, exact, bases)
-            _place_layers(free, common, quantizers[name], weights, quantizers, inputs, largest)
-            placed.update(term.source for term in free)
-    return Steps(quantizers, weights)
+            for term, unit, spacing in _place(free, sources, weights, quantizers[name], common):
+                weights[term.source], spacings[term.source] = unit, spacing
+                placed.add(term.source)
+    return Steps(quantizers, weights, spacings)
 
 
 def _matters(term: Term, step: float, highest: int) -> bool:
@@ -185,7 +207,6 @@ def _beside(
     quantizers: Mapping[str, float],
     exact: Mapping[str, tuple[str, Fraction]],
     bases: Mapping[str, float],
-    largest: int,
 ) -> tuple[str, Fraction | None]:
     """A quantizer that reads layers only: where it is added to another later, its step is a multiple of that one's."""
     for read in sums.values():
@@ -195,23 +216,23 @@ def _beside(
             if own is not None and other is not None:
                 base, multiple = exact[other.source]
                 unit = multiple * own.divisor / other.divisor
-                for p, q in _fractions(quantizers[name] / (bases[base] * float(unit)), largest):
+                for p, q in _fractions(quantizers[name] / (bases[base] * float(unit))):
                     if p % 2:
                         return base, unit * Fraction(p, q)
     return name, None
 
 
-def _fractions(ratio: float, largest: int) -> Iterator[tuple[int, int]]:
+def _fractions(ratio: float) -> Iterator[tuple[int, int]]:
     """:return: p, q with q odd and p/q within the tolerance of ``ratio``, smallest q first."""
-    for q in range(1, largest, 2):
+    for q in range(1, LARGEST_DENOMINATOR, 2):
         p = round(ratio * q)
         if p and abs(p / q / ratio - 1) <= TOLERANCE:
             yield p, q
 
 
-def _nearest_step(multiples: Sequence[Fraction], base: float, step: float, largest: int) -> Fraction | None:
+def _nearest_step(multiples: Sequence[Fraction], base: float, step: float) -> Fraction | None:
     """:return: the step, in units of ``base``, of which all multiples are fractions with odd denominators."""
-    for p, q in _fractions(base * float(multiples[0]) / step, largest):
+    for p, q in _fractions(base * float(multiples[0]) / step):
         candidate = multiples[0] * Fraction(q, p)
         if all((multiple / candidate).denominator % 2 for multiple in multiples):
             return candidate
@@ -231,28 +252,34 @@ def _common_denominator(
     return math.lcm(*denominators)
 
 
-def _place_layers(
+def _place(
     terms: Sequence[Term],
-    common: int,
+    sources: Sequence[np.ndarray],
+    weights: Mapping[str, np.ndarray],
     step: float,
-    weights: dict[str, np.ndarray],
-    quantizers: Mapping[str, float],
-    inputs: Mapping[str, str],
-    largest: int,
-) -> None:
-    """Move the weight steps of layers that are summed, channel by channel, to fractions with one odd denominator."""
-    if not terms or len({len(weights[term.source]) for term in terms}) > 1:
+    common: int,
+) -> Iterator[tuple[Term, np.ndarray, np.ndarray]]:
+    """
+    Move the steps of operations that are summed, channel by channel, to fractions with one odd denominator.
+
+    :param sources: of each term, the steps of its input over its divisor.
+    :return: term, its new steps, and the spacing of the lattice.
+    """
+    units = [weights[term.source] * source / step for term, source in zip(terms, sources, strict=True)]
+    if not terms or len({len(unit) for unit in units}) > 1:
         return
-    sources = [quantizers[inputs[term.source]] / term.divisor for term in terms]
-    units = np.stack([weights[term.source] * source / step for term, source in zip(terms, sources, strict=True)])
-    for channel, ratios in enumerate((units * common).T):
-        found = _common_fraction(ratios, min(largest, FIRST_SEARCH) // common) or _common_fraction(
-            ratios, largest // common
+    placed, spacing = np.array(units), np.zeros(len(units[0]))
+    for channel in range(len(spacing)):
+        ratios = placed[:, channel] * common
+        found = _common_fraction(ratios, FIRST_SEARCH // common) or _common_fraction(
+            ratios, LARGEST_DENOMINATOR // common
         )
         if found is not None:
             numerators, q = found
-            for term, source, p in zip(terms, sources, numerators, strict=True):
-                weights[term.source][channel] = p / (q * common) * step / source
+            placed[:, channel] = numerators / (q * common)
+            spacing[channel] = step / (q * common)
+    for term, source, unit in zip(terms, sources, placed, strict=True):
+        yield term, unit * step / source, spacing
 
 
 def _common_fraction(ratios: np.ndarray, largest: int) -> tuple[np.ndarray, int] | None:

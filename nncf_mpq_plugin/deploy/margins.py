@@ -7,7 +7,8 @@ graph, and the smallest distance of its points from a rounding tie: with units `
 ``1/2q`` steps (:mod:`nncf_mpq_plugin.adapters.ties` places steps so). Where that exceeds the error of float32
 arithmetic, every runtime and torch itself round every reachable value alike, for all inputs.
 
-The error bound, in steps, is ``M (e + (8 + sqrt(n)) 2^-24)``: M is the quantizer's range plus the bias, e the relative
+The error bound, in steps, is ``M (e + (8 + sqrt(n)) 2^-24)``: M is the quantizer's range (or, of unsigned ones, the
+largest value that the channel reaches) plus the bias, e the relative
 distance of the units, as float32 has them, from their fractions, 8 stands for the operations between accumulator and
 integer, and sqrt(n) for torch's float32 sum of n products, whose roundings are independent (Higham and Mary, "A new
 approach to probabilistic rounding error analysis", 2019); integer kernels have no such sum.
@@ -118,6 +119,7 @@ class _Walk:
         self.inputs = {item.name for item in self.graph.input}
         self.makers = {output: node for node in self.graph.node for output in node.output}
         self.known: dict[str, _Known] = dict.fromkeys(self.inputs, "the network's input")
+        self.sizes: dict[str, list[int]] = {}  # tensor -> channels of each alternative, where they are a concatenation
         self.margins: list[Margin] = []
 
     def run(self) -> Certificate:
@@ -155,6 +157,7 @@ class _Walk:
             )
             self.margins.append(Margin(node.output[0], margin, error, reason))
         unit = np.array([step])
+        self.sizes[node.output[0]] = self.shapes.get(source, [0, 0])[1:2]
         self.known[node.output[0]] = [_Values((unit,), unit * low, unit * high, np.zeros(1), integers=(low, high))]
 
     def made(self, node: NodeProto) -> _Known:
@@ -170,13 +173,18 @@ class _Walk:
         if kind == "Add" and len(alternatives) == 2 and _fit(alternatives):
             return [_sum(one, other) for one in alternatives[0] for other in alternatives[1]]
         if kind == "Concat" and len(alternatives) == len(node.input):
+            self.sizes[node.output[0]] = [size for name in node.input for size in self.sizes.get(name, [0])]
             return [values for known in alternatives for values in known]
         if len(alternatives) != 1:
             return f"{kind} {node.name}"
         values = alternatives[0]
+        if kind == "BatchNormalization":
+            return self.normalized(node, values)
         if kind == "Transpose" and any(len(unit) > 1 for item in values for unit in item.units):
             return f"{kind} {node.name}"  # the channels are on another axis now
         if kind in _KEEPING:
+            if kind in ("MaxPool", "Identity") and node.input[0] in self.sizes:
+                self.sizes[node.output[0]] = self.sizes[node.input[0]]
             return values
         if kind == "Relu":
             return [_clipped(item, 0.0, math.inf) for item in values]
@@ -208,6 +216,23 @@ class _Walk:
         ends = np.stack([rows * integers[0], rows * integers[1]])
         low, high = ends.min(0).sum(1) + offset, ends.max(0).sum(1) + offset
         return [_Values((unit,), low * unit, high * unit, np.abs(offset * unit), rows.shape[1])]
+
+    def normalized(self, node: NodeProto, values: list[_Values]) -> _Known:
+        """A factor and an offset for each channel; the alternatives are the channels of a concatenation in order."""
+        scale, offset, mean, variance = (self.constants[name].astype(np.float64) for name in node.input[1:5])
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+        factor = scale / np.sqrt(variance + epsilon)
+        offset = offset - mean * factor
+        sizes = self.sizes.get(node.input[0], [])
+        if len(sizes) != len(values) or sum(sizes) != len(factor) or any(len(item.units) != 1 for item in values):
+            return f"{node.op_type} {node.name}"
+        result = []
+        for item, start, size in zip(values, np.cumsum([0, *sizes]), sizes, strict=False):
+            part = slice(start, start + size)
+            unit, shift = np.abs(item.units[0] * factor[part]), offset[part]
+            ends = np.stack([item.low * factor[part] + shift, item.high * factor[part] + shift])
+            result.append(_Values((unit, np.abs(shift)), ends.min(0), ends.max(0), np.abs(shift)))
+        return result
 
     def averaged(self, node: NodeProto) -> int | None:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -261,14 +286,16 @@ def _margin(values: _Values, step: float, low: int, high: int) -> tuple[float, f
     ratios = np.array([np.broadcast_to(np.abs(unit) / step, channels) for unit in values.units])
     worst = (math.inf, 1.0)
     for channel in range(channels):
-        error = float(high - low + bias[channel]) * (ROUNDINGS + math.sqrt(values.products)) * UNIT_ROUNDOFF
+        reach = max(abs(starts[channel]), abs(ends[channel]))
+        magnitude = float(bias[channel] + (high - low if low < 0 else min(high, max(reach, 1.0))))
+        error = magnitude * (ROUNDINGS + math.sqrt(values.products)) * UNIT_ROUNDOFF
         margin = _distance(starts[channel], ends[channel], low, high)
         if margin <= error:
             largest = min(int(0.5 / error), LARGEST_DENOMINATOR)
             margin, mismatch = _lattice_margin(ratios[:, channel], min(largest, FIRST_SEARCH))
             if not margin:
                 margin, mismatch = _lattice_margin(ratios[:, channel], largest)
-            error += mismatch * float(high - low + bias[channel])
+            error += mismatch * magnitude
         if margin / error < worst[0] / worst[1]:
             worst = (margin, error)
     return worst
@@ -287,7 +314,7 @@ def _lattice_margin(ratios: np.ndarray, largest: int) -> tuple[float, float]:
     scaled = np.outer(ratios, odd)
     numerators = np.rint(scaled)
     off = np.abs(scaled - numerators) / np.maximum(numerators, 1)
-    fits = (off <= SAME).all(0) & (numerators > 0).all(0)
+    fits = ((off <= SAME) & ((numerators > 0) | (scaled == 0))).all(0)
     if not fits.any():
         return 0.0, 0.0
     first = int(fits.argmax())
