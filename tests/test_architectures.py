@@ -63,29 +63,15 @@ def run_stages(name, folder):
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_every_stage_runs(name, tmp_path):
     quantized, report = run_stages(name, tmp_path)
-    if name == "densenet121":
-        assert_near_torch_s_own_noise(report)
-    else:
-        assert report.ok, report.to_json()
+    assert report.ok, report.to_json()
+    certificate = report.certificate.to_json()
+    assert report.certificate.complete or name == "resnet18", certificate
+    assert certificate["certified"] >= certificate["tensors"] - 2, certificate
     layers = [
         k for k in kernels(compile_exactly(tmp_path / "model.xml")) if k["type"] in ("Convolution", "FullyConnected")
     ]
     integer = sum(layer["precision"] in ("u8", "i8") for layer in layers)
     assert integer >= 0.95 * len(layers) >= 0.95 * len(quantized.layers)
-
-
-def assert_near_torch_s_own_noise(report):
-    """
-    Nearly untrained, densenet121 turns differences of 1e-7 into steps on most samples in torch as well: of 32 samples
-    a third agrees to 1e-3 between float32 and float64, so that the share says nothing. The runtimes may be as far from
-    torch as twice torch's own noise, and may decide nothing otherwise where torch's margin is above it.
-    """
-    own = report.torch_float64
-    required = [runtime for runtime in report.runtimes if runtime.required]
-    assert len(required) == 3
-    for runtime in required:
-        assert runtime.mean_difference <= 2 * own.mean_difference, report.to_json()
-        assert runtime.top1_decided == 1.0, report.to_json()
 
 
 def test_every_stage_runs_on_a_transformer(tmp_path):

@@ -67,7 +67,8 @@ class VerifyReport:
 
     :param samples: number of samples compared.
     :param torch_float64: how torch in float64 agrees with torch in float32: the model's own noise.
-    :param certificate: which tensors cannot be rounded differently, and why others can.
+    :param certificate: of the frozen model as it is exported: which tensors cannot be rounded differently, and why
+        others can.
     :param runtimes: each runtime and file; default properties are left out where ``ONEDNN_MAX_CPU_ISA`` is set.
     """
 
