@@ -84,7 +84,7 @@ class _Values:
     What one channel range of a tensor can hold: sums of integers times ``units``, within ``low`` to ``high``.
 
     :param units: arrays ``[C]`` or ``[1]``; of a constant the constant, which ``low`` and ``high`` are as well.
-    :param bias: magnitude of what is added to accumulators, ``[C]`` or ``[1]``.
+    :param bias: magnitude of what is added to accumulators and may cancel, ``[C]`` or ``[1]``.
     :param products: number of products in the longest sum.
     :param integers: range of the integers, where this is a quantized tensor.
     """
@@ -253,11 +253,13 @@ def _fit(alternatives: Sequence[Sequence[_Values]]) -> bool:
 
 
 def _sum(one: _Values, other: _Values) -> _Values:
+    # summands may be large and cancel: each is at most the smaller one's reach beyond the sum
+    reaches = [np.maximum(np.abs(values.low), np.abs(values.high)) for values in (one, other)]
     return _Values(
         (*one.units, *other.units),
         one.low + other.low,
         one.high + other.high,
-        one.bias + other.bias,
+        one.bias + other.bias + np.minimum(*reaches),
         max(one.products, other.products),
     )
 
