@@ -21,9 +21,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nncf_mpq_plugin.errors import InputError, MPQError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # NNCF compiles a CPU extension on first use and gives up after 60 s, which a busy machine exceeds
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")
@@ -144,6 +147,17 @@ def unregister() -> None:
         algo.PRECISION_INITIALIZER_SCHEMA["properties"].pop(key, None)
     _extensions.clear()
     _keys = ()
+
+
+def freeze(controller: Any) -> nn.Module:
+    """
+    Make the model that ``deploy.export`` takes; see :func:`nncf_mpq_plugin.adapters.nncf2_freeze.freeze`.
+
+    :param controller: what ``create_compressed_model`` returned beside the model; of any precision initialisation.
+    """
+    from nncf_mpq_plugin.adapters.nncf2_freeze import freeze as run
+
+    return run(controller)
 
 
 def _checked_nncf() -> tuple[dict[str, str], dict[str, Any], Any, Any]:

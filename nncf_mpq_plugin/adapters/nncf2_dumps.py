@@ -16,12 +16,13 @@ FOLDER = "learned_importance_dumps"
 PAINTED_BITS = {2, 4, 6, 8}  # NNCF's bit width graph has colours for these only
 
 
-def write_dumps(algo: Any, setup: Any, outcome: Any, *, detailed: bool) -> None:
+def write_dumps(algo: Any, setup: Any, complete: Any, outcome: Any, *, detailed: bool) -> None:
     """
     Write ``bitwidth_per_scope.json``, as HAWQ does, which ``manual`` initialisation takes as it is.
 
     :param algo: the controller of the initialisation.
     :param setup: NNCF's setup with the bit widths found.
+    :param complete: the same with every point of the controller's, for the graph.
     :param outcome: the initialiser's ``Outcome``.
     :param detailed: also write ``learned_importance_dumps/`` with the importance table, the policy, the curves of joint
         training and the bit width graph.
@@ -36,7 +37,7 @@ def write_dumps(algo: Any, setup: Any, outcome: Any, *, detailed: bool) -> None:
     outcome.table.save(folder / FOLDER / "importance.json")
     outcome.solution.policy.save(folder / FOLDER / "policy.json")
     write_json(folder / FOLDER / "joint_training.json", outcome.joint.to_json())
-    _write_graph(folder / FOLDER / "bitwidth_graph.dot", algo, setup)
+    _write_graph(folder / FOLDER / "bitwidth_graph.dot", algo, complete)
 
 
 def _write_graph(path: Path, algo: Any, setup: Any) -> None:

@@ -6,8 +6,9 @@ Imported by :func:`nncf_mpq_plugin.adapters.nncf2.register` only, since the name
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,11 @@ from nncf.torch.structures import QuantizationPrecisionInitArgs
 from torch import Tensor
 
 from nncf_mpq_plugin.adapters.nncf2_dumps import write_dumps
+from nncf_mpq_plugin.adapters.nncf2_graph import operations, position_of
 from nncf_mpq_plugin.adapters.nncf2_keys import STRICT, checked
 from nncf_mpq_plugin.adapters.nncf2_limits import int8_ratio, int8_ratio_limit, with_equal_bits, with_groups
 from nncf_mpq_plugin.adapters.nncf2_placement import LegacyModel, place
+from nncf_mpq_plugin.adapters.plan import Position, before_additions
 from nncf_mpq_plugin.allocation.search import Solution, prepare, solution_of, solve_prepared
 from nncf_mpq_plugin.batches import Batches
 from nncf_mpq_plugin.errors import InputError
@@ -150,6 +153,7 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
             values["bits"],
             values["fixed_bits"],
             equal=self._adjacent() if values["bitwidth_assignment_mode"] == STRICT else (),
+            dropped=self._before_additions(),
         )
         if quantized.unread:
             nncf_logger.warning(f"Not searched, since their inputs are not quantized: {', '.join(quantized.unread)}")
@@ -168,14 +172,16 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
                 set_weights(self._model, weights)
             self._model.to(home)
         self._params.outcome = outcome
-        setup = self._setup(chosen)
+        complete = self._setup(chosen)
+        setup = self._without(complete, quantized.dropped)
         self._params.scales = {
             str(setup.quantization_points[point].insertion_point): LearnedScale(
                 chosen[key], quantized.modules[key].scale(chosen[key]).detach().cpu().clone()
             )
             for point, key in self._algo.setup_to_module_id_translation_dict.items()
+            if key not in quantized.dropped
         }
-        write_dumps(self._algo, setup, outcome, detailed=values["dump_init_precision_data"])
+        write_dumps(self._algo, setup, complete, outcome, detailed=values["dump_init_precision_data"])
         return setup
 
     def _search(self, quantized: LegacyModel, device: torch.device) -> Outcome:
@@ -238,6 +244,7 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
         """:return: NNCF's quantizer id -> bit width, of every quantizer."""
         quantized.select(outcome.solution.policy.layers)
         chosen = {key: module.active for key, module in quantized.modules.items()}
+        chosen |= dict.fromkeys(quantized.dropped, HIGHEST_BITS)  # not used
         for group in quantized.equal:  # strict: what no layer reads follows the others of its group
             chosen.update(dict.fromkeys(group, min(chosen[key] for key in group)))
         return chosen
@@ -272,6 +279,31 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
             tuple(key for key, _ in (*group.weight_quantizers, *group.activation_quantizers))
             for group in self._algo.groups_of_adjacent_quantizers
         ]
+
+    def _before_additions(self) -> tuple[Any, ...]:
+        """
+        :return: quantizers between a weighted layer and an addition, whose rounding OpenVINO's fused kernels lose, by
+            id. Where the device has lists of configs, it has kernels of its own, and none is left out.
+        """
+        if self._hw_precision_constraints:
+            return ()
+        positions: dict[Position, Any] = {}
+        for number, key in self._algo.setup_to_module_id_translation_dict.items():
+            point = self._algo._quantizer_setup.quantization_points[number]
+            if not point.is_weight_quantization_point():
+                positions[position_of(point.insertion_point)] = key
+        signs = {position: self._algo.all_quantizations[key].signed for position, key in positions.items()}
+        found = before_additions(operations(self._model.nncf.get_original_graph()), signs)
+        kept = {key for position, key in positions.items() if position not in found}  # one may stand in several places
+        return tuple(dict.fromkeys(key for position in found if (key := positions[position]) not in kept))
+
+    def _without(self, setup: Any, dropped: Sequence[Any]) -> Any:
+        """:return: a copy of the setup without the points of some quantizers."""
+        setup = copy.deepcopy(setup)
+        for number, key in self._algo.setup_to_module_id_translation_dict.items():
+            if key in dropped:
+                setup.discard(number, keep_shared_input_qps=True)
+        return setup
 
     def _setup(self, chosen: Mapping[Any, int]) -> Any:
         """:return: NNCF's setup with the chosen bit widths; where hardware has a list, with its entries."""

@@ -37,11 +37,10 @@ class LimitedQuantizer(MultiBitQuantizer):
         super().select(min((b for b in self.bits if b >= bits), default=self.bits[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the parent's; NNCF's tracing does not look in."""
-        from nncf.torch import no_nncf_trace
+        """As the parent's, one operation of NNCF's tracing."""
+        from nncf_mpq_plugin.adapters.nncf2_graph import traced
 
-        with no_nncf_trace():
-            return super().forward(x)
+        return traced(x, super().forward)
 
     def initialize(self, x: Tensor) -> None:
         """As the parent's; scales of transposed convolutions lie along the weight's second dimension."""
@@ -57,11 +56,19 @@ class LimitedQuantizer(MultiBitQuantizer):
             super().initialize(x)
 
 
+class _Unquantized(nn.Module):
+    """Stands for a quantizer that is left out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 @dataclass(frozen=True)
 class LegacyModel(QuantizedModel):
     """
     :param modules: NNCF's quantizer id -> the multi-bit quantizer that stands for it.
     :param natives: NNCF's quantizer id -> NNCF's quantizer.
+    :param dropped: ids of NNCF's quantizers that are left out.
     :param unread: names of layers whose input is not quantized; they are neither trained nor counted.
     :param equal: groups of quantizer ids that get one bit width.
     :param equal_groups: layer name -> activation group that holds every layer of such a group.
@@ -69,6 +76,7 @@ class LegacyModel(QuantizedModel):
 
     modules: Mapping[Any, LimitedQuantizer] = None  # type: ignore[assignment]
     natives: Mapping[Any, nn.Module] = None  # type: ignore[assignment]
+    dropped: tuple[Any, ...] = ()
     unread: tuple[str, ...] = ()
     equal: tuple[tuple[Any, ...], ...] = ()
     equal_groups: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +91,7 @@ class LegacyModel(QuantizedModel):
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the multi-bit quantizers are in the model; NNCF's are back afterwards, whatever happens."""
-        pairs = [(self.natives[key], module) for key, module in self.modules.items()]
+        pairs = [(self.natives[key], self.modules.get(key, _Unquantized())) for key in self.natives]
         _swap(self.model, dict(pairs))
         try:
             with _torch_functions_seen():
@@ -134,6 +142,7 @@ def place(
     bits: Sequence[int] | None,
     fixed_bits: Mapping[str, int],
     equal: Sequence[Sequence[Any]] = (),
+    dropped: Sequence[Any] = (),
 ) -> LegacyModel:
     """
     Read NNCF's placement.
@@ -143,6 +152,7 @@ def place(
     :param bits: candidate bit widths; None for all that the device allows.
     :param fixed_bits: as in the config.
     :param equal: groups of quantizer ids that have to get one bit width each; groups may overlap.
+    :param dropped: ids of quantizers to leave out; no layer reads them.
     :return: a model whose multi-bit quantizers are not in place yet.
     :raises UnsupportedModelError: if there is nothing to search, or an activation quantizer is asymmetric.
     :raises ConfigError: if a fixed bit width is not allowed by the device.
@@ -163,7 +173,8 @@ def place(
     joined = _joined(equal)
     allowed = _allowed(natives, sites, hardware, bits, fixed_bits, joined)
     weights, read = {site.weight for site in sites}, {key for site in sites for key in site.activations}
-    modules = {key: _stand_in(native, allowed[key], _is_weight(key)) for key, native in natives.items()}
+    kept = {key: native for key, native in natives.items() if key not in dropped}
+    modules = {key: _stand_in(native, allowed[key], _is_weight(key)) for key, native in kept.items()}
     group_of: dict[Any, str] = {}
     layers, equal_groups = [], {}
     for site in sites:
@@ -183,6 +194,7 @@ def place(
         {str(key): module for key, module in modules.items() if key not in read | weights},
         modules=modules,
         natives=natives,
+        dropped=tuple(dropped),
         unread=unread,
         equal=joined,
         equal_groups=equal_groups,

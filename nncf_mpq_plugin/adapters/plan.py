@@ -203,6 +203,39 @@ def make_plan(
     return Plan(tuple(stored), tuple(readers), tuple(dropped))
 
 
+def before_additions(ops: Sequence[Op], quantized: Mapping[Position, bool]) -> tuple[Position, ...]:
+    """
+    Find the quantizers whose rounding OpenVINO's fused residual additions lose.
+
+    :param ops: as for :func:`make_plan`.
+    :param quantized: likewise.
+    :return: positions between a weighted layer and an addition, which nothing else reads.
+    """
+    graph = _Graph({op.name: op for op in ops}, quantized)
+    return tuple(position for position in quantized if _is_before_addition(graph, position))
+
+
+def input_grids(ops: Sequence[Op], quantized: Mapping[Position, bool]) -> dict[str, tuple[Position, ...]]:
+    """
+    Find the quantizers whose grids weighted layers read.
+
+    :param ops: as for :func:`make_plan`.
+    :param quantized: likewise.
+    :return: weighted operation -> positions of the quantizers that its input comes from: one, or behind a concatenation
+        those of its branches. Layers with an input in floating point are left out.
+    """
+    graph = _Graph({op.name: op for op in ops}, quantized)
+    grids = {op.name: _grids(graph, graph.source(op.name, 0)) for op in ops if op.kind == WEIGHTED}
+    return {name: positions for name, positions in grids.items() if positions}
+
+
+def _grids(graph: _Graph, source: Position | None) -> tuple[Position, ...]:
+    if source is None or source in graph.quantized:
+        return () if source is None else (source,)
+    branches = graph.ops[source.op].inputs
+    return tuple(position for port in branches for position in _grids(graph, graph.source(source.op, port)))
+
+
 def _wanted(graph: _Graph, position: Position, sources: Mapping[Position, list[str]], target: str) -> bool:
     """Whether a quantizer of NNCF's that no weighted layer reads stays, at 8 bits."""
     if position.side == "pre" and position.port not in graph.ops[position.op].inputs:
@@ -212,8 +245,15 @@ def _wanted(graph: _Graph, position: Position, sources: Mapping[Position, list[s
         return False
     if all(op.kind == CONCAT and Position("post", op.name, 0) in sources for op, _ in readers):
         return False
+    return not (target == "openvino" and _is_before_addition(graph, position))
+
+
+def _is_before_addition(graph: _Graph, position: Position) -> bool:
+    """Whether a quantizer stands between a weighted layer and additions, and nothing else reads it."""
+    if position.side == "pre" and position.port not in graph.ops[position.op].inputs:
+        return False
+    readers = [graph.ops[op] for op, _ in graph.readers(position)]
     producer = position.op if position.side == "post" else graph.ops[position.op].inputs[position.port][0]
     while graph.ops[producer].kind == TRANSPARENT and graph.ops[producer].inputs:
         producer = next(iter(graph.ops[producer].inputs.values()))[0]
-    before_addition = all(op.kind == ADD for op, _ in readers) and graph.ops[producer].linear_output
-    return not (before_addition and target == "openvino")
+    return bool(readers) and all(op.kind == ADD for op in readers) and graph.ops[producer].linear_output

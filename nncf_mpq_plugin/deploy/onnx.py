@@ -100,6 +100,10 @@ class _Rewriter:
             else:
                 if node.op_type in _TRANSPARENT and node.input and node.input[0] in self.scales:
                     self.scales[node.output[0]] = self.scales[node.input[0]]
+                elif node.op_type == "Concat" and all(name in self.scales for name in node.input):
+                    steps = {self.scales[name] for name in node.input}
+                    if len(steps) == 1:  # unified scales: all on one grid
+                        self.scales[node.output[0]] = steps.pop()
                 result.append(node)
         self.nodes = result
 

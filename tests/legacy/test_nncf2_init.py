@@ -144,7 +144,9 @@ def test_bitwidth_per_scope_feeds_manual_initialisation(tmp_path) -> None:
     controller, _ = compress(Net(), config(tmp_path, bits=[2, 4, 8], compression_ratio=2.0))
     saved = json.loads((tmp_path / "bitwidth_per_scope.json").read_text())
     manual, _ = compress(Net(), config(tmp_path, type="manual", **saved))
-    assert bits_of(manual) == bits_of(controller)
+    before_additions = ("NNCFConv2d[conv2]/conv2d_0", "ReLU[relu]/relu__3", "ReLU[relu]/relu__4")
+    left_out = {f"Net/{name}|OUTPUT": 8 for name in before_additions}
+    assert bits_of(manual) == bits_of(controller) | left_out
 
 
 @pytest.mark.parametrize("device", ["CPU", "ANY"])
