@@ -433,7 +433,8 @@ class Pipeline:
         from nncf_mpq_plugin.deploy import verify
 
         samples = (split_batch(batch)[0] for batch in self.data.validation)
-        return verify(self.frozen_model(), exported, samples, self.folder.config.verify_samples)
+        config = self.folder.config
+        return verify(self.frozen_model(), exported, samples, config.verify_samples, config.target)
 
     def summarize(self) -> None:
         """Write summary.json."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nncf_mpq_plugin.costs import FLOAT_BITS
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.schema import nearest
 from nncf_mpq_plugin.types import ImportanceTable, LayerBits, Policy
@@ -11,8 +12,9 @@ def check_policy(table: ImportanceTable, policy: Policy, place: str) -> None:
     """
     :param table: the model's layers and candidate bit widths.
     :param place: how to call the policy in messages.
-    :raises InputError: if searchable layers are missing or unknown, a bit width is not among the candidates, layers of
-        one activation group have different activation bits, or a fixed layer is given other bits than it has.
+    :raises InputError: if searchable layers are missing or unknown, a bit width is not among the candidates (nor 32 for
+        activations, which leaves them in floating point), layers of one activation group have different activation
+        bits, or a fixed layer is given other bits than it has.
     """
     searchable = {layer.cost.name: layer.cost for layer in table.layers}
     fixed = {layer.cost.name: layer.bits for layer in table.fixed_layers}
@@ -48,13 +50,15 @@ def check_policy(table: ImportanceTable, policy: Policy, place: str) -> None:
 
 def _check_candidates(bits: LayerBits, candidates: tuple[int, ...], place: str) -> None:
     for tensor, value in (("weight", bits.weight), ("activation", bits.activation)):
-        if value not in candidates:
-            close = min(candidates, key=lambda candidate: abs(candidate - value))
-            msg = (
-                f"{place}: {value} {tensor} bits are not among the candidates {', '.join(map(str, candidates))} that "
-                f"were trained. The nearest is {close}."
-            )
-            raise InputError(msg)
+        if value in candidates or (tensor == "activation" and value == FLOAT_BITS):
+            continue
+        close = min(candidates, key=lambda candidate: abs(candidate - value))
+        also = f" ({FLOAT_BITS} leaves them in floating point)" if tensor == "activation" else ""
+        msg = (
+            f"{place}: {value} {tensor} bits are not among the candidates {', '.join(map(str, candidates))} that "
+            f"were trained{also}. The nearest is {close}."
+        )
+        raise InputError(msg)
 
 
 def _some(names: list[str]) -> str:

@@ -5,15 +5,18 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
+from damage import negate_weights  # noqa: E402
 from networks import Branches, Residual, prepared  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
 from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
+from nncf_mpq_plugin.deploy.onnx import count_operators  # noqa: E402
 from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels, save_ir, to_openvino  # noqa: E402
 from nncf_mpq_plugin.deploy.runtimes import run_openvino  # noqa: E402
 from nncf_mpq_plugin.errors import InputError, VerificationError  # noqa: E402
@@ -63,6 +66,18 @@ def test_onnx_has_standard_operators_only(exported):
     assert [entry.domain for entry in model.opset_import] == [""]
 
 
+def test_onnx_stores_weights_up_to_4_bits_as_int4(exported):
+    quantized, _, folder = exported
+    model = onnx.load(folder / "model.onnx")
+    kinds = {item.name: item.data_type for item in model.graph.initializer}
+    producers = {node.output[0]: node for node in model.graph.node}
+    nodes = {node.name: node for node in model.graph.node}
+    for name, bits in quantized.policy().all_layers.items():
+        source = producers[nodes[name].input[1]].input[0]
+        kind = kinds[producers[source].input[0] if source in producers else source]
+        assert kind == (onnx.TensorProto.INT4 if bits.weight <= 4 else onnx.TensorProto.INT8), name
+
+
 def test_every_layer_runs_in_an_integer_kernel(exported):
     quantized, _, folder = exported
     layers = [
@@ -91,13 +106,27 @@ def damaged(folder, target, layer):
     """Copy the export and negate a layer's weights in the ONNX file."""
     for name in ("model.xml", "model.bin", "model.onnx"):
         (target / name).write_bytes((folder / name).read_bytes())
-    model = onnx.load(target / "model.onnx")
-    node = next(node for node in model.graph.node if node.name == layer)
-    dequantize = next(other for other in model.graph.node if other.output[0] == node.input[1])
-    weight = next(item for item in model.graph.initializer if item.name == dequantize.input[0])
-    data = onnx.numpy_helper.to_array(weight)
-    weight.CopyFrom(onnx.numpy_helper.from_array(-data, weight.name))
-    onnx.save(model, target / "model.onnx")
+    negate_weights(folder / "model.onnx", target / "model.onnx", layer)
+
+
+@pytest.mark.parametrize("network", [Residual, Branches], ids=lambda network: network.__name__)
+def test_for_onnxruntime_every_layer_and_addition_is_an_integer_kernel(network, tmp_path):
+    data = batches()
+    quantized = nncf3.place(prepared(network), data[0], data, bits=(2, 3, 4, 5, 6), target="onnxruntime")
+    quantized.select(mixed(quantized))
+    frozen = nncf3.freeze(quantized)
+    deploy.export(frozen, data[0], tmp_path)
+    report = deploy.verify(frozen, tmp_path, data, target="onnxruntime")
+    assert report.ok
+    assert [runtime.name for runtime in report.runtimes if runtime.required] == ["ONNX Runtime"]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # says that the optimized file is for this machine only
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    counts = count_operators(onnx.load(tmp_path / "optimized.onnx"))
+    assert not counts.keys() & {"Conv", "FusedConv", "Gemm", "MatMul", "Add"}, counts
+    assert counts["QLinearConv"] + counts["QGemm"] == len(quantized.layers)
+    assert counts["QLinearAdd"] == (2 if network is Residual else 0)
 
 
 LAYERS = {"Residual": ["stem", "block1.conv1", "block2.conv2"], "Branches": ["left", "depthwise", "head"]}

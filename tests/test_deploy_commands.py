@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from damage import negate_weights
 from runs import write_tiny
 
 from nncf_mpq_plugin.cli import main
-from nncf_mpq_plugin.types import read_json
+from nncf_mpq_plugin.types import Policy, read_json
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +28,6 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, s
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, " ".join(captured.err.split())
-
-
-def damage(source: Path, target: Path, layer: str) -> None:
-    model = onnx.load(source)
-    node = next(node for node in model.graph.node if node.name == layer)
-    dequantize = next(other for other in model.graph.node if other.output[0] == node.input[1])
-    weight = next(item for item in model.graph.initializer if item.name == dequantize.input[0])
-    weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
-    onnx.save(model, target)
 
 
 def test_verify_measures_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +52,7 @@ def test_a_damaged_model_is_exit_code_4_and_its_layer_is_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layer = next(iter(read_json(finished / "policy.json")["policy"]))
-    damage(finished / "deploy" / "model.onnx", tmp_path / "damaged.onnx", layer)
+    negate_weights(finished / "deploy" / "model.onnx", tmp_path / "damaged.onnx", layer)
     code, out, err = command(capsys, "verify", finished, "--model", tmp_path / "damaged.onnx")
     assert code == 4
     assert "fails" in out
@@ -101,6 +94,26 @@ def test_measured_times_of_layers_are_a_budget(finished: Path, capsys: pytest.Ca
     assert "nearest that exists is 1x" in err
 
 
+def test_a_weight_only_policy_from_search_to_verified_files(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, policy = tmp_path / "run", tmp_path / "policy.json"
+    shutil.copytree(finished, run)
+    code, _, _ = command(capsys, "search", run, "--weight-only", "--average-weight-bits", 4, "--output", policy)
+    assert code == 0
+    assert command(capsys, "finetune", run, "--policy", policy)[0] == 0
+    assert command(capsys, "run", run)[0] == 0
+    assert {bits.activation for bits in Policy.load(run / "policy.json").layers.values()} == {32}
+    assert read_json(run / "verify.json")["ok"]
+    assert read_json(run / "summary.json")["results"]["mixed"]["average_bits"]["activation"] == 32
+    model = onnx.load(run / "deploy" / "model.onnx")
+    fixed = {layer["name"]: layer for layer in read_json(run / "summary.json")["layers"] if not layer["searched"]}
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == len(fixed)
+    code, out, _ = command(capsys, "benchmark", run, "--seconds", 0.05, "--threads", 1)
+    assert code == 0
+    assert "/ 32" in out
+
+
 @pytest.mark.parametrize("option", [("--threads", 0), ("--seconds", -1)], ids=["threads", "seconds"])
 def test_a_benchmark_of_nothing_is_exit_code_2(
     finished: Path, option: tuple[str, int], capsys: pytest.CaptureFixture[str]
@@ -108,3 +121,11 @@ def test_a_benchmark_of_nothing_is_exit_code_2(
     code, _, err = command(capsys, "benchmark", finished, *option)
     assert code == 2
     assert "at least 1" in err
+
+
+@pytest.mark.slow
+def test_a_run_for_onnxruntime_is_verified_there(tmp_path: Path) -> None:
+    config = write_tiny(tmp_path, deploy={"target": "onnxruntime", "verify_samples": 64})
+    assert main(["run", str(config), "--output", str(tmp_path / "run")]) == 0
+    runtimes = read_json(tmp_path / "run" / "verify.json")["runtimes"]
+    assert [runtime["name"] for runtime in runtimes if runtime["required"]] == ["ONNX Runtime"]

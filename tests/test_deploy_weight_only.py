@@ -51,9 +51,8 @@ def test_only_the_fixed_layers_read_quantized_activations(exported):
     readers = [layer for layer in quantized.layers if layer.fixed is not None]
     count = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
     assert count == len({layer.cost.activation_group for layer in readers})
-    weights = [
-        item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT8 and len(item.dims) > 1
-    ]
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT4)
+    weights = [item for item in model.graph.initializer if item.data_type in kinds and len(item.dims) > 1]
     assert len(weights) >= len(quantized.layers)
 
 

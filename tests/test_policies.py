@@ -25,13 +25,27 @@ def test_a_policy_that_fits_is_accepted(fixed: dict[str, LayerBits]) -> None:
     check_policy(TABLE, Policy(GOOD, fixed), "p.json")
 
 
+def test_activations_may_stay_in_floating_point() -> None:
+    check_policy(TABLE, Policy({name: LayerBits(4, 32) for name in GOOD}), "p.json")
+    check_policy(TABLE, Policy(GOOD | {"block.conv2": LayerBits(4, 32)}), "p.json")
+
+
 REFUSED = {
     "bits not trained": (
         {"block.conv2": LayerBits(5, 2)},
         {},
         r"layer 'block.conv2': 5 weight bits are not among the candidates 2, 4, 8 .* nearest is 4",
     ),
-    "floating point": ({"block.conv2": LayerBits(4, 32)}, {}, r"32 activation bits are not among .* nearest is 8"),
+    "weights in floating point": (
+        {"block.conv2": LayerBits(32, 4)},
+        {},
+        r"32 weight bits are not among .* nearest is 8",
+    ),
+    "activations neither trained nor in floating point": (
+        {"block.conv2": LayerBits(4, 16)},
+        {},
+        r"16 activation bits are not among .* \(32 leaves them in floating point\)\. The nearest is 8",
+    ),
     "misspelt": ({"block.conv3": LayerBits(4, 4)}, {}, r"no layer 'block.conv3'\. Did you mean 'block.conv[12]'"),
     "unknown": ({"qqq": LayerBits(4, 4)}, {}, r"no layer 'qqq'\.$"),
     "group": (

@@ -56,3 +56,11 @@ def test_f32_at_compile_time_is_exact() -> None:
 def test_f32_compiles_under_a_limited_instruction_set() -> None:
     lines = output(ROOT / "benchmarks/upstream/limited_isa.py", ONEDNN_MAX_CPU_ISA="AVX2").splitlines()
     assert [line for line in lines if ", f32:" in line] == ["convolution, f32: compiles", "softmax, f32: compiles"]
+
+
+def test_int4_weights_behind_a_cast_keep_integer_kernels() -> None:
+    lines = dict(line.split(": ") for line in output(ROOT / "benchmarks/upstream/int4_weights.py").splitlines())
+    assert "ONNX Runtime QLinearConv" in lines["int4 and Cast"]
+    assert "_I8" in lines["int4 and Cast"]
+    assert "QLinearConv" not in lines["int4"]
+    assert "_I8" not in lines["int4"]

@@ -54,11 +54,13 @@ def export(frozen: nn.Module, example_input: Tensor, directory: str | Path) -> E
     return result
 
 
-def verify(frozen: nn.Module, path: str | Path, samples: Any, limit: int = 256) -> VerifyReport:
+def verify(
+    frozen: nn.Module, path: str | Path, samples: Any, limit: int = 256, target: str = "openvino"
+) -> VerifyReport:
     """Compare exported files with the frozen model; see :func:`nncf_mpq_plugin.deploy.verification.verify`."""
     from nncf_mpq_plugin.deploy.verification import verify as run
 
-    return run(frozen, path, samples, limit)
+    return run(frozen, path, samples, limit, target)
 
 
 def benchmark(

@@ -132,38 +132,75 @@ def benchmark(
     :param threads: number of threads.
     :raises InputError: if a file is missing.
     """
-    directory, sample = Path(directory), calibration[0][:1].cpu().float()
-    mixed, onnx = directory / "model.xml", directory / "model.onnx"
-    for path in (mixed, onnx):
-        if not path.is_file():
-            msg = f"{path}: no such file. Run the export first."
-            raise InputError(msg)
+    _exported(directory)  # before the work for the others
+    sample = calibration[0][:1].cpu().float()
     with tempfile.TemporaryDirectory() as folder:
-        files, left_out = _baselines(floating, frozen, calibration, Path(folder))
-        files[MIXED] = mixed
-        core = ov.Core()
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        exact = {name: _compile(core, path, sample, {**options, **EXACT}) for name, path in files.items()}
-        default = {name: _compile(core, path, sample, options) for name, path in files.items()}
-        runners = {name: _openvino_runner(compiled, sample) for name, compiled in exact.items()}
-        runners[ONNX_RUNTIME] = _onnxruntime_runner(onnx, sample, threads)
-        default_runners = {f"{name}/default": _openvino_runner(compiled, sample) for name, compiled in default.items()}
-        latencies = take_turns({**runners, **default_runners}, seconds)
-        models = [
-            ModelFigures(
-                name,
-                path.stat().st_size + path.with_suffix(".bin").stat().st_size,
-                path.with_suffix(".bin").stat().st_size,
-                latencies[name],
-                latencies[f"{name}/default"],
-                footprint(path, sample.shape, {**options, **EXACT}),
-                integer_share(exact[name]),
-                layer_kernels(exact[name], bits),
-            )
-            for name, path in files.items()
-        ]
-        size = onnx.stat().st_size
-        models.append(ModelFigures(ONNX_RUNTIME, size, size, latencies[ONNX_RUNTIME], None, None, None, {}))
+        baselines, left_out = make_baselines(floating, frozen, calibration, folder)
+        return measure(directory, baselines, sample, bits, left_out, seconds=seconds, threads=threads)
+
+
+def make_baselines(
+    floating: nn.Module, frozen: nn.Module, calibration: Sequence[Tensor], folder: str | Path
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """
+    Write what the exported model is compared with; parameters as for :func:`benchmark`.
+
+    :param folder: gets ``fp32.xml``, ``int8.xml`` and ``naive.xml``.
+    :return: name -> file, and name -> why it could not be made.
+    """
+    folder, sample = Path(folder), calibration[0][:1].cpu().float()
+    files, left_out = floating_and_int8(floating, calibration, folder), {}
+    try:
+        save_ir(_convert(_without_batch_norm(frozen, sample), sample), folder / "naive.xml")
+        files[NAIVE] = folder / "naive.xml"
+    except Exception as error:  # whatever the converter meets: the other models are still worth measuring
+        left_out[NAIVE] = f"{type(error).__name__}: {str(error)[:300]}"
+    return files, left_out
+
+
+def measure(
+    directory: str | Path,
+    baselines: Mapping[str, Path],
+    sample: Tensor,
+    bits: Mapping[str, tuple[int, int]],
+    left_out: Mapping[str, str],
+    *,
+    seconds: float,
+    threads: int,
+) -> BenchmarkReport:
+    """
+    Measure exported files beside others; parameters as for :func:`benchmark`.
+
+    :param baselines: what :func:`make_baselines` returned first.
+    :param sample: the input, ``[1, ...]``.
+    :param left_out: what :func:`make_baselines` returned second.
+    :raises InputError: if a file is missing.
+    """
+    mixed, onnx = _exported(directory)
+    files = {**baselines, MIXED: mixed}
+    core = ov.Core()
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    exact = {name: _compile(core, path, sample, {**options, **EXACT}) for name, path in files.items()}
+    default = {name: _compile(core, path, sample, options) for name, path in files.items()}
+    runners = {name: _openvino_runner(compiled, sample) for name, compiled in exact.items()}
+    runners[ONNX_RUNTIME] = _onnxruntime_runner(onnx, sample, threads)
+    default_runners = {f"{name}/default": _openvino_runner(compiled, sample) for name, compiled in default.items()}
+    latencies = take_turns({**runners, **default_runners}, seconds)
+    models = [
+        ModelFigures(
+            name,
+            path.stat().st_size + path.with_suffix(".bin").stat().st_size,
+            path.with_suffix(".bin").stat().st_size,
+            latencies[name],
+            latencies[f"{name}/default"],
+            footprint(path, sample.shape, {**options, **EXACT}),
+            integer_share(exact[name]),
+            layer_kernels(exact[name], bits),
+        )
+        for name, path in files.items()
+    ]
+    size = onnx.stat().st_size
+    models.append(ModelFigures(ONNX_RUNTIME, size, size, latencies[ONNX_RUNTIME], None, None, None, {}))
     cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
     capabilities = tuple(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     return BenchmarkReport(cpu, capabilities, threads, tuple(sample.shape), dict(bits), tuple(models), left_out)
@@ -214,18 +251,13 @@ def take_turns(runners: Mapping[str, Callable[[], Any]], seconds: float) -> dict
     return result
 
 
-def _baselines(
-    floating: nn.Module, frozen: nn.Module, calibration: Sequence[Tensor], folder: Path
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """:return: files of FP32, INT8 and the naive export, and what could not be made."""
-    sample = calibration[0][:1].cpu().float()
-    files, left_out = floating_and_int8(floating, calibration, folder), {}
-    try:
-        save_ir(_convert(_without_batch_norm(frozen, sample), sample), folder / "naive.xml")
-        files[NAIVE] = folder / "naive.xml"
-    except Exception as error:  # whatever the converter meets: the other models are still worth measuring
-        left_out[NAIVE] = f"{type(error).__name__}: {str(error)[:300]}"
-    return files, left_out
+def _exported(directory: str | Path) -> tuple[Path, Path]:
+    paths = Path(directory) / "model.xml", Path(directory) / "model.onnx"
+    for path in paths:
+        if not path.is_file():
+            msg = f"{path}: no such file. Run the export first."
+            raise InputError(msg)
+    return paths
 
 
 def floating_and_int8(floating: nn.Module, calibration: Sequence[Tensor], folder: Path) -> dict[str, Path]:

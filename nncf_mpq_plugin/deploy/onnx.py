@@ -3,10 +3,12 @@ The deployable form: ONNX of standard operators whose arithmetic integer kernels
 
 * An activation at b bits is ``QuantizeLinear`` to uint8 (zero point 128 where it is signed), ``Clip`` to the b-bit
   range, ``DequantizeLinear``: an INT8 carrier, for which runtimes have kernels, holding b-bit values.
-* A weight is an int8 constant on the b-bit grid with one scale per output channel.
+* A weight is a constant on the b-bit grid with one scale per output channel: int4 up to 4 bits, int8 above. A ``Cast``
+  to int8, which runtimes fold when they load the file, stands behind the former: without it they would compute in
+  floating point.
 * A bias is an int32 constant in units of weight step x input step, the accumulator's grid.
 
-A layer that reads activations in floating point has ``Cast`` and ``Mul`` behind its int8 constant and a float bias.
+A layer that reads activations in floating point has ``Cast`` and ``Mul`` behind its integers and a float bias.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from nncf_mpq_plugin.deploy.graph import OPSET, is_marker
+from nncf_mpq_plugin.deploy.graph import is_marker
 from nncf_mpq_plugin.errors import UnsupportedModelError
 from nncf_mpq_plugin.files import written_atomically
 
+OPSET = 21  # the first with int4; it changes nothing else in what torch writes
 _TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
 _IDENTITY_TOLERANCE = 1e-5
 _INT32 = 2**31 - 1
@@ -56,6 +60,7 @@ class _Rewriter:
         self.quantizers_to_standard_operators()
         self.weights_of_float_layers()
         self.biases_to_integers()
+        self.small_weights_to_int4()
         used = {name for node in self.nodes for name in node.input} | {item.name for item in self.graph.output}
         del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
         self.graph.node.extend(self.nodes)
@@ -202,6 +207,18 @@ class _Rewriter:
             result.append(node)
         self.nodes = result
 
+    def small_weights_to_int4(self) -> None:
+        result: list[NodeProto] = []
+        for node in self.nodes:
+            name = node.input[0] if node.input else ""
+            value = self.constants.get(name, np.zeros(0))
+            if value.dtype == np.int8 and value.ndim > 1 and value.min() >= -8 and value.max() <= 7:
+                packed = self.constant(f"{name}.int4", value.astype(ml_dtypes.int4))
+                result.append(helper.make_node("Cast", [packed], [name], name, to=onnx.TensorProto.INT8))
+                del self.constants[name]
+            result.append(node)
+        self.nodes = result
+
 
 def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:
     """
@@ -220,7 +237,11 @@ def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:
 
 def weights_of_float_layers(model: onnx.ModelProto) -> set[str]:
     """:return: names of the dequantized weights whose layers read activations in floating point."""
-    integers = {item.name for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    types = (onnx.TensorProto.INT8, onnx.TensorProto.INT4)
+    integers = {item.name for item in model.graph.initializer if item.data_type in types}
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in integers and node.attribute[0].i == onnx.TensorProto.INT8:
+            integers.add(node.output[0])
     casts = {node.output[0] for node in model.graph.node if node.op_type == "Cast" and node.input[0] in integers}
     return {node.output[0] for node in model.graph.node if node.op_type == "Mul" and node.input[0] in casts}
 
