@@ -91,7 +91,7 @@ NETWORKS: Mapping[str, Network] = {
     "resnet18": Network(torchvision.models.resnet18),
     "resnet18 (ORT)": Network(torchvision.models.resnet18, target="onnxruntime"),
     "mobilenet_v2": Network(torchvision.models.mobilenet_v2),
-    "squeezenet1_1": Network(torchvision.models.squeezenet1_1, rate=0.01),
+    "squeezenet1_1": Network(torchvision.models.squeezenet1_1, epochs=20, rate=0.02),
     "densenet121": Network(torchvision.models.densenet121),
     "vit": Network(small_vit, timed=64, rate=0.01),
     "vit_b_16": untrained(),

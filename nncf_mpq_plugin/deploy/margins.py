@@ -112,6 +112,9 @@ class _Walk:
     def __init__(self, model: onnx.ModelProto):
         self.graph = model.graph
         self.constants = {item.name: numpy_helper.to_array(item) for item in self.graph.initializer}
+        for node in self.graph.node:
+            if node.op_type == "Cast" and node.input[0] in self.constants:  # of int4 weights
+                self.constants[node.output[0]] = self.constants[node.input[0]]
         self.shapes = {
             item.name: [dim.dim_value for dim in item.type.tensor_type.shape.dim]
             for item in (*self.graph.value_info, *self.graph.input)
@@ -239,8 +242,8 @@ class _Walk:
         shape = self.shapes.get(node.input[0], [])
         if node.op_type == "GlobalAveragePool" and all(shape[2:]):
             return math.prod(shape[2:])
-        if node.op_type == "ReduceMean" and "axes" in attributes and shape:
-            return math.prod(shape[axis] for axis in attributes["axes"]) or None
+        if node.op_type == "ReduceMean" and len(node.input) == 2 and node.input[1] in self.constants and shape:
+            return math.prod(shape[axis] for axis in self.constants[node.input[1]]) or None
         if node.op_type == "AveragePool" and not attributes.get("ceil_mode"):
             padded = any(attributes.get("pads", ())) and not attributes.get("count_include_pad")
             return None if padded else math.prod(attributes["kernel_shape"])

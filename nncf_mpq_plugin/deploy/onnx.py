@@ -57,6 +57,7 @@ class _Rewriter:
 
     def run(self) -> None:
         self.fold_identity_batch_norms()
+        self.reshapes_before_quantizers()
         self.quantizers_to_standard_operators()
         self.weights_of_float_layers()
         self.biases_to_integers()
@@ -86,6 +87,22 @@ class _Rewriter:
             layer.input.append(self.constant(f"{layer.output[0]}.bias", beta.astype(np.float32)))
             layer.output[0] = norm.output[0]
             self.nodes.remove(norm)
+
+    def reshapes_before_quantizers(self) -> None:
+        """ONNX Runtime makes an integer kernel of a linear layer only where DequantizeLinear stands next to it."""
+        fixed = {*self.constants, *self.inputs, *(item.name for item in self.graph.output)}
+        for node in [node for node in self.nodes if is_marker(node) and node.input[0] not in fixed]:
+            readers = self.consumers(node.output[0])
+            if len(readers) != 1 or readers[0].op_type not in ("Flatten", "Reshape", "Squeeze"):
+                continue
+            (reshape,) = readers
+            if reshape.output[0] in fixed or any(name not in self.constants for name in reshape.input[1:]):
+                continue
+            for reader in self.consumers(reshape.output[0]):
+                reader.input[:] = [node.output[0] if name == reshape.output[0] else name for name in reader.input]
+            reshape.input[0], node.input[0] = node.input[0], reshape.output[0]
+            first, second = self.nodes.index(node), self.nodes.index(reshape)
+            self.nodes.insert(first, self.nodes.pop(second))
 
     def quantizers_to_standard_operators(self) -> None:
         result: list[NodeProto] = []
