@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 SIZE = 32
 FRAGMENTS, FRAGMENT = 4, 9
+RENDERINGS = {"train": 4, "validation": 10, "test": 20}
 SPLIT = {"train": slice(0, 3500), "validation": slice(3500, 4000), "test": slice(4000, 5000)}
 
 
@@ -25,8 +26,8 @@ SPLIT = {"train": slice(0, 3500), "validation": slice(3500, 4000), "test": slice
 class Digits:
     """
     :param train: 3,500 digits, rendered four times.
-    :param validation: 500 digits, rendered twice.
-    :param test: 1,000 digits, rendered six times.
+    :param validation: 500 digits, rendered ten times.
+    :param test: 1,000 digits, rendered twenty times.
     """
 
     train: DataLoader
@@ -37,7 +38,7 @@ class Digits:
 def load(batch_size: int = 64) -> Digits:
     """:return: loaders of ``[N, 1, 32, 32]`` images of mean 0.5 range and class numbers; the same on every call."""
     loaders = {}
-    for seed, (part, renderings) in enumerate({"train": 4, "validation": 2, "test": 6}.items()):
+    for seed, (part, renderings) in enumerate(RENDERINGS.items()):
         digits, labels = _digits(part)
         images = torch.cat([render(digits, 100 * seed + rendering) for rendering in range(renderings)])
         data = TensorDataset(images, labels.repeat(renderings))

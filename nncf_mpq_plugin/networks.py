@@ -112,30 +112,30 @@ def digits_resnet(num_classes: int = 10, channels: int = 1, width: int = 16, blo
 
 
 def digits_mobilenet(
-    num_classes: int = 10, channels: int = 1, width: int = 16, expansion: int = 4, stem_stride: int = 1
+    num_classes: int = 10,
+    channels: int = 1,
+    width: int = 16,
+    expansion: int = 4,
+    stem_stride: int = 1,
+    blocks: int = 2,
 ) -> nn.Module:
     """
-    Network of six inverted residual blocks [MobileNetV2].
+    Network of inverted residual blocks in three stages [MobileNetV2].
 
     :param num_classes: outputs.
     :param channels: channels of the input; its size is free.
-    :param width: channels after the stem; later stages have 1.5 and 2 times as many.
+    :param width: channels of the first stage; the others have 1.5 and 2 times as many.
     :param expansion: hidden channels / input channels of a block.
     :param stem_stride: stride of the first convolution (2 in the original, for larger images).
+    :param blocks: blocks in a stage.
     :return: a network ``[N, channels, H, W] -> [N, num_classes]`` with random weights.
     """
     layers: list[nn.Module] = []
     inputs = width
-    for outputs, stride in (
-        (width, 1),
-        (width, 1),
-        (width * 3 // 2, 2),
-        (width * 3 // 2, 1),
-        (width * 2, 2),
-        (width * 2, 1),
-    ):
-        layers.append(InvertedResidual(inputs, outputs, stride, expansion))
-        inputs = outputs
+    for stage, outputs in enumerate((width, width * 3 // 2, width * 2)):
+        for block in range(blocks):
+            layers.append(InvertedResidual(inputs, outputs, 2 if stage and not block else 1, expansion))
+            inputs = outputs
     stem = _convolution(channels, width, 3, nn.ReLU6, stem_stride)
     head = _convolution(inputs, inputs * 4, 1, nn.ReLU6)
     return Classifier(stem, layers, head, inputs * 4, num_classes)

@@ -1,0 +1,248 @@
+"""
+Fine-tuned accuracy of policies within one budget: what the benchmarks that compare ways to choose bits share.
+
+One floating-point and one joint training for each network and seed serve every method; each policy is fine-tuned from
+the floating-point weights with one schedule, and equal policies once. Each result is a JSON file and is not repeated.
+Test digits are looked at by the last line of each measurement and by nothing else. Seconds are CPU time of one thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cluttered_digits
+import torch
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from nncf_mpq_plugin.adapters.nncf3 import place
+from nncf_mpq_plugin.batches import Batches
+from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
+from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
+from nncf_mpq_plugin.floating import FloatConfig, train_float
+from nncf_mpq_plugin.joint import JointConfig, train_jointly
+from nncf_mpq_plugin.networks import digits_mobilenet, digits_resnet
+from nncf_mpq_plugin.placement import QuantizedModel
+from nncf_mpq_plugin.refine import JointLoss
+from nncf_mpq_plugin.training import set_weights, weights_of
+from nncf_mpq_plugin.types import AverageBits, Budget, ImportanceTable, Policy
+
+BITS = (2, 3, 4, 5, 6)
+SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Network:
+    """
+    :param make: builds it with random weights.
+    :param float_epochs: of floating-point training.
+    """
+
+    make: Callable[[], torch.nn.Module]
+    float_epochs: int
+
+
+NETWORKS: Mapping[str, Network] = {
+    "depthwise": Network(lambda: digits_mobilenet(width=8, stem_stride=2, blocks=3), 14),
+    "residual": Network(lambda: digits_resnet(width=8, blocks=3), 8),
+}
+JOINT = JointConfig(epochs=1, data_fraction=0.9)
+FINE_TUNING = FinetuneConfig(epochs=2, learning_rate=0.02)
+
+
+@dataclass
+class Trained:
+    """
+    One network of one seed, trained in floating point and jointly.
+
+    :param quantized: the jointly trained model.
+    :param original: its floating-point weights.
+    :param data: its digits.
+    :param folder: where its results are.
+    :param accuracy: of the floating-point model on test digits.
+    :param seconds: what each step took.
+    :param tables: importances measured so far, by source.
+    """
+
+    name: str
+    seed: int
+    quantized: QuantizedModel
+    original: dict[str, Tensor]
+    data: cluttered_digits.Digits
+    folder: Path
+    accuracy: float
+    seconds: dict[str, float]
+    tables: dict[str, ImportanceTable] = field(default_factory=dict)
+
+    def joint_loss(self) -> JointLoss:
+        """:return: the measure that refinement uses, on training digits that joint training did not see."""
+        seen = Batches(self.data.train, seed=self.seed, fraction=JOINT.data_fraction)
+        rest = Batches(self.data.train, seed=self.seed, fraction=JOINT.data_fraction, held_back=True)
+        return JointLoss(copy.deepcopy(self.quantized), [x for x, _ in seen.take(SAMPLES)], rest.take(SAMPLES))
+
+
+PolicyOf = Callable[[str, Trained, Budget], tuple[Policy, float]]
+"""(method, network, budget) -> the method's policy and the seconds that it took beyond joint training."""
+
+
+def trained(name: str, seed: int, data: cluttered_digits.Digits, output: Path) -> Trained:
+    """:return: from ``output`` where it is there."""
+    folder = output / f"{name}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model, path = NETWORKS[name].make(), folder / "float.safetensors"
+    if path.exists():
+        tensors, state = load_state(path)
+        restore_tensors(model, tensors)
+        model.eval()
+    else:
+        begin = time.process_time()
+        epochs = NETWORKS[name].float_epochs
+        train_float(model, data.train, FloatConfig(epochs, learning_rate=0.1, label_smoothing=0.1, seed=seed))
+        model.eval()
+        state = {"seconds": time.process_time() - begin, "test": accuracy(model, data, "test")}
+        save_state(path, model_tensors(model), state)
+    seconds = {"float": state["seconds"]}
+    calibration = [inputs for inputs, _ in Batches(data.train, seed=seed).take(256)]
+    quantized = place(model, calibration[0][:1], calibration, bits=BITS)
+    original, path = weights_of(quantized.model), folder / "joint.safetensors"
+    if path.exists():
+        tensors, seconds["joint training"] = load_state(path)
+        restore_tensors(quantized.model, tensors)
+    else:
+        begin = time.process_time()
+        train_jointly(quantized, data.train, replace(JOINT, seed=seed))
+        seconds["joint training"] = time.process_time() - begin
+        save_state(path, model_tensors(quantized.model), seconds["joint training"])
+    quantized.model.eval()
+    return Trained(name, seed, quantized, original, data, folder, state["test"], seconds)
+
+
+def right_answers(model: torch.nn.Module, data: cluttered_digits.Digits, part: str) -> list[int]:
+    """:return: for each digit, how many of its renderings the model gets right."""
+    with torch.no_grad():
+        right = torch.cat([model(inputs).argmax(1) == target for inputs, target in getattr(data, part)])
+    return right.reshape(cluttered_digits.RENDERINGS[part], -1).sum(0).tolist()
+
+
+def accuracy(model: torch.nn.Module, data: cluttered_digits.Digits, part: str) -> float:
+    """:return: share of right answers."""
+    return statistics.mean(right_answers(model, data, part)) / cluttered_digits.RENDERINGS[part]
+
+
+def measurements(
+    names: Sequence[str],
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    methods: Sequence[str],
+    runs: int,
+    policy_of: PolicyOf,
+    output: Path,
+) -> Iterator[str]:
+    """
+    Measure what ``output`` lacks, seeds innermost: whenever it is stopped, methods are balanced over seeds.
+
+    :param runs: how often each policy is fine-tuned, with data in different orders.
+    :return: one line for each measurement.
+    """
+    data = cluttered_digits.load()
+    nets = {(name, seed): trained(name, seed, data, output) for name in names for seed in seeds}
+    for run in range(runs):
+        for level in levels:
+            for method in methods:
+                for (name, seed), net in nets.items():
+                    path = net.folder / f"{level:g} bits, run {run}, {method}.json"
+                    if path.exists():
+                        continue
+                    result = measure(net, method, level, run, policy_of)
+                    path.write_text(json.dumps(result, indent=1))
+                    yield f"{name}, seed {seed}, {level:g} bits, run {run}, {method}: test {result['test']:.4f}"
+
+
+def measure(net: Trained, method: str, level: float, run: int, policy_of: PolicyOf) -> dict[str, Any]:
+    """Choose a policy, fine-tune it and evaluate it; a policy that another method chose is not fine-tuned again."""
+    policy, search_seconds = policy_of(method, net, Budget(average_bits=AverageBits(level, level)))
+    chosen = {"search_seconds": search_seconds, "seconds": net.seconds, "policy": policy.to_json()}
+    for path in net.folder.glob(f"* bits, run {run}, *.json"):
+        other = json.loads(path.read_text())
+        if Policy.from_json(other["policy"]).layers == policy.layers:
+            return {**other, **chosen, "same_as": path.stem}
+    predicted = net.joint_loss()(policy.layers)
+    quantized = copy.deepcopy(net.quantized)
+    set_weights(quantized.model, net.original)
+    begin = time.process_time()
+    finetune(quantized, policy, net.data.train, replace(FINE_TUNING, seed=1000 * run + net.seed))
+    took = time.process_time() - begin
+    right = right_answers(quantized.model, net.data, "test")
+    return {
+        **chosen,
+        "validation": accuracy(quantized.model, net.data, "validation"),
+        "test": statistics.mean(right) / cluttered_digits.RENDERINGS["test"],
+        "test_right": right,
+        "float": net.accuracy,
+        "joint_loss": predicted,
+        "fine_tuning_seconds": took,
+    }
+
+
+Results = dict[str, dict[int, list[dict[str, Any]]]]
+
+
+def results_of(name: str, level: float, output: Path) -> Results:
+    """:return: method -> seed -> one result for each run."""
+    results: Results = {}
+    for path in sorted(output.glob(f"{name}-*/{level:g} bits, run *.json")):
+        seed, method = int(path.parent.name.rsplit("-", 1)[1]), path.stem.split(", ", 2)[2]
+        results.setdefault(method, {}).setdefault(seed, []).append(json.loads(path.read_text()))
+    return results
+
+
+def table_of(name: str, level: float, results: Results) -> Table:
+    """:return: one row a method: accuracy for each seed (mean over runs), mean over seeds, loss and seconds."""
+    seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
+    table = Table(title=f"{name}, BitOps of uniform {level:g} bits", title_justify="left")
+    table.add_column("method")
+    for heading in (*(f"seed {seed}" for seed in seeds), "mean", "runs", "joint loss", "search s", "fine-tuning s"):
+        table.add_column(heading, justify="right")
+    rows = []
+    for method, by_seed in results.items():
+        means = {seed: 100 * statistics.mean(result["test"] for result in by_seed[seed]) for seed in by_seed}
+        mean, every = statistics.mean(means.values()), [result for runs in by_seed.values() for result in runs]
+        others = [statistics.mean(r[key] for r in every) for key in ("joint_loss", "search_seconds")]
+        cells = [f"{means[seed]:.2f}" if seed in means else "-" for seed in seeds]
+        cells += [f"{mean:.2f}", str(len(every)), f"{others[0]:.3f}", f"{others[1]:.1f}"]
+        rows.append((mean, method, [*cells, f"{statistics.mean(r['fine_tuning_seconds'] for r in every):.0f}"]))
+    for _, method, cells in sorted(rows, reverse=True):
+        table.add_row(method, *cells)
+    return table
+
+
+def remarks(results: Results) -> Iterator[str]:
+    """:return: floating point, standard errors, and how well the loss in the joint model orders the policies."""
+    seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
+    for seed in seeds:
+        runs = [result for by_seed in results.values() for result in by_seed.get(seed, [])]
+        distinct = {json.dumps(Policy.from_json(r["policy"]).to_json()["layers"]): r for r in runs}.values()
+        rank = spearmanr([-r["joint_loss"] for r in distinct], [r["test"] for r in distinct]).statistic
+        yield (
+            f"seed {seed}: floating point {100 * runs[0]['float']:.2f}; Spearman's correlation of the joint model's "
+            f"loss and accuracy over {len(distinct)} policies {rank:.2f}"
+        )
+    rest = cluttered_digits.RENDERINGS["test"] - 1
+    variances = [
+        (n / (rest + 1)) * (1 - n / (rest + 1)) / rest
+        for by_seed in results.values()
+        for runs in by_seed.values()
+        for result in runs
+        for n in result["test_right"]
+    ]
+    digits = len(next(iter(next(iter(results.values())).values()))[0]["test_right"])
+    yield f"standard error of one accuracy over renderings of these digits: {100 * (statistics.mean(variances) / digits) ** 0.5:.2f}"
