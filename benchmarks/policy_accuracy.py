@@ -12,7 +12,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Network:
 
 NETWORKS: Mapping[str, Network] = {
     "depthwise": Network(lambda: digits_mobilenet(width=8, stem_stride=2, blocks=3), 14),
-    "residual": Network(lambda: digits_resnet(width=8, blocks=3), 8),
+    "residual": Network(lambda: digits_resnet(width=8, stem_stride=2, blocks=3), 12),
 }
 JOINT = JointConfig(epochs=1, data_fraction=0.9)
 FINE_TUNING = FinetuneConfig(epochs=2, learning_rate=0.02)
@@ -245,4 +245,5 @@ def remarks(results: Results) -> Iterator[str]:
         for n in result["test_right"]
     ]
     digits = len(next(iter(next(iter(results.values())).values()))[0]["test_right"])
-    yield f"standard error of one accuracy over renderings of these digits: {100 * (statistics.mean(variances) / digits) ** 0.5:.2f}"
+    error = (statistics.mean(variances) / digits) ** 0.5
+    yield f"standard error of an accuracy over renderings of these digits: {100 * error:.2f} points"

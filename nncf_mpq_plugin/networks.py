@@ -92,7 +92,9 @@ def _convolution(
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), activation())
 
 
-def digits_resnet(num_classes: int = 10, channels: int = 1, width: int = 16, blocks: int = 2) -> nn.Module:
+def digits_resnet(
+    num_classes: int = 10, channels: int = 1, width: int = 16, blocks: int = 2, stem_stride: int = 1
+) -> nn.Module:
     """
     Residual network with three stages of ``width``, 2 ``width`` and 4 ``width`` channels [ResNet].
 
@@ -100,6 +102,7 @@ def digits_resnet(num_classes: int = 10, channels: int = 1, width: int = 16, blo
     :param channels: channels of the input; its size is free.
     :param width: channels of the first stage.
     :param blocks: blocks in a stage.
+    :param stem_stride: stride of the first convolution.
     :return: a network ``[N, channels, H, W] -> [N, num_classes]`` with random weights.
     """
     layers: list[nn.Module] = []
@@ -108,7 +111,8 @@ def digits_resnet(num_classes: int = 10, channels: int = 1, width: int = 16, blo
         for block in range(blocks):
             layers.append(ResidualBlock(inputs, width << stage, 2 if stage and not block else 1))
             inputs = width << stage
-    return Classifier(_convolution(channels, width, 3, nn.ReLU), layers, nn.Identity(), inputs, num_classes)
+    stem = _convolution(channels, width, 3, nn.ReLU, stem_stride)
+    return Classifier(stem, layers, nn.Identity(), inputs, num_classes)
 
 
 def digits_mobilenet(
