@@ -51,11 +51,11 @@ class Network:
 
 
 NETWORKS: Mapping[str, Network] = {
-    "depthwise": Network(lambda: digits_mobilenet(width=8, stem_stride=2, blocks=3), 14),
+    "depthwise": Network(lambda: digits_mobilenet(width=8, stem_stride=2, blocks=3), 12),
     "residual": Network(lambda: digits_resnet(width=8, stem_stride=2, blocks=3), 12),
 }
 JOINT = JointConfig(epochs=1, data_fraction=0.9)
-FINE_TUNING = FinetuneConfig(epochs=2, learning_rate=0.02)
+FINE_TUNING = FinetuneConfig(epochs=1, learning_rate=0.02)
 
 
 @dataclass
@@ -184,7 +184,6 @@ def measure(net: Trained, method: str, level: float, run: int, policy_of: Policy
     right = right_answers(quantized.model, net.data, "test")
     return {
         **chosen,
-        "validation": accuracy(quantized.model, net.data, "validation"),
         "test": statistics.mean(right) / cluttered_digits.RENDERINGS["test"],
         "test_right": right,
         "float": net.accuracy,
