@@ -23,9 +23,12 @@ from nncf_mpq_plugin.refine import refine
 from nncf_mpq_plugin.sensitivity import fisher_importance, loss_change_importance
 from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy
 
+EVALUATIONS = 24  # of policies in the joint model, for a refinement
 METHODS = (
-    *("uniform", "scale, alpha 2", "scale, alpha 1", "scale, alpha 0.5", "fisher, alpha 1", "fisher, alpha 0.5"),
-    *("fisher, refined", "loss change, alpha 1", "loss change, alpha 0.5"),
+    "uniform",
+    *(f"scale, alpha {alpha:g}" for alpha in (2, 1, 0.5)),
+    *(f"fisher, alpha {alpha:g}" for alpha in (0.5, 0.25, 1)),
+    *("fisher, refined", "fisher per layer, alpha 0.5", "loss change, alpha 0.5"),
     *("reversed", "shuffled", "inverse size", "random 0", "random 1"),
 )
 
@@ -37,10 +40,12 @@ def importance(net: Trained, source: str) -> tuple[ImportanceTable, float]:
         batches = Batches(net.data.train, seed=net.seed).take(SAMPLES)
         if source == "scale":
             net.tables[source] = importance_from_scales(net.quantized)
-        elif source == "fisher":
+        elif source == "fisher per layer":
             net.tables[source] = fisher_importance(net.quantized, batches)
+        elif source == "fisher":
+            net.tables[source] = fisher_importance(net.as_fine_tuned(), batches)
         else:
-            net.tables[source] = loss_change_importance(net.quantized, batches)
+            net.tables[source] = loss_change_importance(net.as_fine_tuned(), batches)
         net.seconds[source] = time.process_time() - begin
     return net.tables[source], net.seconds[source]
 
@@ -48,7 +53,7 @@ def importance(net: Trained, source: str) -> tuple[ImportanceTable, float]:
 def policy_of(method: str, net: Trained, budget: Budget) -> tuple[Policy, float]:
     """:return: a method's policy, and the seconds that it took beyond joint training."""
     kind, _, detail = method.partition(", ")
-    source = {"scale": "scale", "loss change": "loss change"}.get(kind, "fisher")
+    source = kind if kind in ("scale", "loss change", "fisher per layer") else "fisher"
     table, seconds = importance(net, source)
     begin = time.process_time()
     if kind == "uniform":
@@ -60,7 +65,7 @@ def policy_of(method: str, net: Trained, budget: Budget) -> tuple[Policy, float]
             f"scale, alpha {alpha}": search(importance(net, "scale")[0], budget, alpha=alpha).policy.layers
             for alpha in (0.5, 1, 2)
         }
-        refinement = refine(prepare(table, budget), net.joint_loss(), candidates=alphas, evaluations=60)
+        refinement = refine(prepare(table, budget), net.joint_loss(), candidates=alphas, evaluations=EVALUATIONS)
         policy = refinement.solution.policy
     elif kind == "reversed":
         policy = search(comparison.reversed_importance(table), budget).policy

@@ -26,7 +26,7 @@ from torch import Tensor
 from nncf_mpq_plugin.adapters.nncf3 import place
 from nncf_mpq_plugin.batches import Batches
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
-from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
+from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, with_fine_tuned_granularity
 from nncf_mpq_plugin.floating import FloatConfig, train_float
 from nncf_mpq_plugin.joint import JointConfig, train_jointly
 from nncf_mpq_plugin.networks import digits_mobilenet, digits_resnet
@@ -36,7 +36,8 @@ from nncf_mpq_plugin.training import set_weights, weights_of
 from nncf_mpq_plugin.types import AverageBits, Budget, ImportanceTable, Policy
 
 BITS = (2, 3, 4, 5, 6)
-SAMPLES = 512
+SAMPLES = 256  # that importance is measured on
+LOSS_SAMPLES = 512  # that batch norm is re-estimated on, and as many that the loss in the joint model is measured on
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,16 @@ class Trained:
     seconds: dict[str, float]
     tables: dict[str, ImportanceTable] = field(default_factory=dict)
 
+    def as_fine_tuned(self) -> QuantizedModel:
+        """:return: the jointly trained model with the weight scales of fine-tuning, one per channel."""
+        inputs = Batches(self.data.train, seed=self.seed).take(1)[0][0]
+        return with_fine_tuned_granularity(self.quantized, [inputs])
+
     def joint_loss(self) -> JointLoss:
         """:return: the measure that refinement uses, on training digits that joint training did not see."""
         seen = Batches(self.data.train, seed=self.seed, fraction=JOINT.data_fraction)
         rest = Batches(self.data.train, seed=self.seed, fraction=JOINT.data_fraction, held_back=True)
-        return JointLoss(copy.deepcopy(self.quantized), [x for x, _ in seen.take(SAMPLES)], rest.take(SAMPLES))
+        return JointLoss(self.as_fine_tuned(), [x for x, _ in seen.take(LOSS_SAMPLES)], rest.take(LOSS_SAMPLES))
 
 
 PolicyOf = Callable[[str, Trained, Budget], tuple[Policy, float]]
@@ -229,7 +235,7 @@ def remarks(results: Results) -> Iterator[str]:
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
     for seed in seeds:
         runs = [result for by_seed in results.values() for result in by_seed.get(seed, [])]
-        distinct = {json.dumps(Policy.from_json(r["policy"]).to_json()["layers"]): r for r in runs}.values()
+        distinct = {json.dumps(Policy.from_json(r["policy"]).to_json()["policy"]): r for r in runs}.values()
         rank = spearmanr([-r["joint_loss"] for r in distinct], [r["test"] for r in distinct]).statistic
         yield (
             f"seed {seed}: floating point {100 * runs[0]['float']:.2f}; Spearman's correlation of the joint model's "

@@ -142,7 +142,7 @@ _PRECISION = _section(
             default="fisher",
             choices=("fisher", "loss_change", "scale"),
         ),
-        samples=Key("integer", "Training samples that `fisher` and `loss_change` look at.", default=512, minimum=1),
+        samples=Key("integer", "Training samples that `fisher` and `loss_change` look at.", default=256, minimum=1),
     ),
     alpha=Key(
         "number",

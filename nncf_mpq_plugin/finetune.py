@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from nncf_mpq_plugin.batches import Batches, first_batches
 from nncf_mpq_plugin.errors import ConfigError
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer
 from nncf_mpq_plugin.placement import QuantizedModel
-from nncf_mpq_plugin.quantizer import least_error_scale
+from nncf_mpq_plugin.quantizer import MultiBitQuantizer, least_error_scale
 from nncf_mpq_plugin.recompute import recomputed
 from nncf_mpq_plugin.training import (
     LossFunction,
@@ -133,28 +134,54 @@ def reduce_to_policy(
     for quantizer in named.values():
         quantizer.keep_only(quantizer.active)
         quantizer.snap = True
+    _initialize_scales(quantized, list(named.values()), calibration, weight_granularity, initialization)
+
+
+def with_fine_tuned_granularity(
+    quantized: QuantizedModel, calibration: Sequence[Tensor], granularity: str = "channel"
+) -> QuantizedModel:
+    """
+    The jointly trained model with weight scales of the shape that fine-tuning gives them, at every bit width: what a
+    tensor loses is then measured as fine-tuning will start, not with the one scale per layer of joint training.
+
+    :param calibration: input batches; one sample suffices.
+    :param granularity: ``channel`` or ``tensor``.
+    :return: a copy; scales as by :func:`reduce_to_policy` with ``trained``.
+    """
+    result = copy.deepcopy(quantized)
+    _initialize_scales(result, list(named_quantizers(result).values()), calibration, granularity, "trained")
+    return result
+
+
+def _initialize_scales(
+    quantized: QuantizedModel,
+    quantizers: Sequence[MultiBitQuantizer],
+    calibration: Sequence[Tensor],
+    granularity: str,
+    initialization: str,
+) -> None:
+    """See :func:`reduce_to_policy`; at every bit width that the quantizers have."""
     from_statistics = initialization == "statistics"
-    observed = [quantizer for quantizer in named.values() if quantizer.weight or from_statistics]
+    observed = [quantizer for quantizer in quantizers if quantizer.weight or from_statistics]
     for quantizer in observed:
         quantizer.start_observing()
     with torch.no_grad(), evaluation_mode(quantized.model):
         for batch in calibration if from_statistics else calibration[:1]:
             quantized.model(batch.to(device_of(quantized.model)))
     for quantizer in observed:
-        trained = quantizer.scale().detach().clone()
+        trained = {bits: scale.detach().clone() for bits, scale in quantizer.scales.items()}
         values = quantizer.observed_values()
         if quantizer.weight:
-            per_channel = weight_granularity == "channel"
-            shape = (values.shape[0],) + (1,) * (values.dim() - 1) if per_channel else (1,)
-            quantizer.set_scale_shape(shape)
+            per_channel = granularity == "channel"
+            quantizer.set_scale_shape((values.shape[0],) + (1,) * (values.dim() - 1) if per_channel else (1,))
         quantizer.initialize(values)
         if quantizer.weight and not from_statistics:
-            scale = quantizer.scale().data
-            if trained.numel() == scale.numel():
-                scale.copy_(trained.reshape(scale.shape))
-            else:
-                low, high = quantizer.integer_range()
-                scale *= trained.mean() / least_error_scale(values, (1,), low, high)
+            for bits, before in trained.items():
+                scale = quantizer.scales[bits].data
+                if before.numel() == scale.numel():
+                    scale.copy_(before.reshape(scale.shape))
+                else:
+                    scale *= before.mean() / least_error_scale(values, (1,), *quantizer.integer_range(int(bits)))
 
 
 def finetune(

@@ -35,12 +35,13 @@ from nncf_mpq_plugin.config import Config
 from nncf_mpq_plugin.costs import LatencyTable, limits_of
 from nncf_mpq_plugin.data import Data, check_data, check_inputs, load_data
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
-from nncf_mpq_plugin.finetune import FinetuneConfig, finetune
+from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, with_fine_tuned_granularity
 from nncf_mpq_plugin.floating import FloatConfig, train_float
 from nncf_mpq_plugin.importance import importance_from_scales
 from nncf_mpq_plugin.joint import JointConfig, JointResult, train_jointly
 from nncf_mpq_plugin.loop import History
 from nncf_mpq_plugin.models import build_model, check_model, load_weights
+from nncf_mpq_plugin.placement import QuantizedModel
 from nncf_mpq_plugin.policies import check_policy
 from nncf_mpq_plugin.refine import JointLoss, Refinement, refine
 from nncf_mpq_plugin.runfolder import RunFolder
@@ -348,7 +349,7 @@ class Pipeline:
         seen = Batches(self.data.train, seed=config.seed, fraction=fraction).take(config.num_init_samples)
         judges = Batches(self.data.train, seed=config.seed, fraction=fraction, held_back=True).take(samples)
         measure = JointLoss(
-            quantized,
+            self._as_fine_tuned(quantized, seen[0][0]),
             [inputs for inputs, _ in to_device(seen, self.device)],
             to_device(judges, self.device),
             self.sources.loss,
@@ -485,15 +486,20 @@ class Pipeline:
     def _measured_importance(self, quantized: NNCFQuantizedModel) -> ImportanceTable:
         config = self.folder.config
         measure = fisher_importance if config.importance["source"] == "fisher" else loss_change_importance
+        batches = Batches(self.data.train, seed=config.seed).take(config.importance["samples"])
         return measure(
-            quantized,
-            Batches(self.data.train, seed=config.seed).take(config.importance["samples"]),
+            self._as_fine_tuned(quantized, batches[0][0]),
+            batches,
             loss_fn=self.sources.loss,
             label_free=config.joint_training["label_free"],
             device=self.device,
             progress=lambda done, total, numbers: self.listener.progress("measurement", done, total, numbers),
             model_name=config.model,
         )
+
+    def _as_fine_tuned(self, quantized: NNCFQuantizedModel, inputs: Any) -> QuantizedModel:
+        granularity = self.folder.config.fine_tuning["weight_granularity"]
+        return with_fine_tuned_granularity(quantized, [inputs], granularity)
 
     def _joint_model(self, weights: str = "trained") -> NNCFQuantizedModel:
         """:return: the jointly trained model, with the ``trained`` or the ``original`` weights."""

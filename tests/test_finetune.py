@@ -7,7 +7,7 @@ import torch
 from small_net import data, small_model
 
 from nncf_mpq_plugin.errors import ConfigError, InputError
-from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, reduce_to_policy
+from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, reduce_to_policy, with_fine_tuned_granularity
 from nncf_mpq_plugin.loop import Loop
 from nncf_mpq_plugin.training import evaluate, named_quantizers
 from nncf_mpq_plugin.types import LayerBits, Policy
@@ -53,6 +53,21 @@ def test_reduction_starts_close_to_the_joint_model(granularity, initialization):
         assert quantized.model.w["pointwise"].scale().item() == scale
     else:
         assert (before - after).square().mean() < before.var()
+
+
+def test_joint_model_with_fine_tuned_granularity_starts_as_fine_tuning_does():
+    quantized = small_model()
+    before = state(quantized)
+    batches = [inputs for inputs, _ in data()]
+    measured = with_fine_tuned_granularity(quantized, batches)
+    assert all(torch.equal(value, before[name]) for name, value in quantized.model.state_dict().items())
+    assert measured.model.w["left"].scale(2).shape == (8, 1, 1, 1)
+    measured.select(POLICY.layers)
+    reduce_to_policy(quantized, POLICY, batches)
+    quantized.model.q_pair.snap = quantized.model.q_input.snap = False
+    assert torch.equal(measured.model(batches[0]), quantized.model(batches[0]))
+    per_layer = with_fine_tuned_granularity(small_model(), batches, "tensor")
+    assert all(torch.equal(value, before[name]) for name, value in per_layer.model.state_dict().items())
 
 
 def test_trained_scales_keep_their_ratio_to_least_error_when_split_by_channel():
