@@ -178,6 +178,57 @@ def test_what_does_not_fit_into_lists_is_split_or_left_to_cbc(splits: int, solve
         assert solution.policy.layers == found[1]
 
 
+def test_a_tie_in_a_part_whose_bound_is_rounded_up_is_found() -> None:
+    """Splitting comes to a part whose bound lies an ulp above the optimum."""
+    costs = [
+        [[13, 7, 6], [13, 7, 6]],
+        [[14, np.inf, np.inf], [9, np.inf, np.inf]],
+        [[8, 7, 6], [4, 3, 2]],
+        [[15, 11, 9], [9, 5, 3]],
+        [[11, 8, 6], [9, 6, 4]],
+        [[8, 8, 5], [8, 8, 5]],
+        [[8, 5, 5], [8, 5, 5]],
+    ]
+    resources = [
+        [
+            [[39, 11, 10], [44, 41, 41]],
+            [[49, 12, 49], [35, 16, 31]],
+            [[29, 47, 35], [26, 17, 19]],
+            [[16, 11, 26], [47, 19, 17]],
+            [[33, 33, 27], [44, 10, 10]],
+            [[37, 19, 21], [4, 9, 27]],
+            [[21, 38, 2], [5, 35, 32]],
+        ],
+        [
+            [[6, 46, 36], [22, 46, 19]],
+            [[28, 15, 27], [8, 43, 12]],
+            [[46, 25, 8], [3, 37, 14]],
+            [[14, 35, 31], [9, 29, 41]],
+            [[30, 18, 38], [44, 40, 41]],
+            [[4, 16, 14], [48, 32, 46]],
+            [[50, 36, 13], [21, 23, 22]],
+        ],
+        [
+            [[33, 41, 30], [18, 38, 1]],
+            [[36, 47, 9], [24, 38, 42]],
+            [[8, 44, 12], [48, 43, 39]],
+            [[50, 35, 19], [34, 16, 30]],
+            [[28, 29, 24], [7, 42, 34]],
+            [[7, 50, 17], [23, 50, 32]],
+            [[44, 35, 21], [47, 21, 11]],
+        ],
+    ]
+    problem = Problem(np.array(costs) / 64, np.array(resources), np.array([266, 139, 281]), np.arange(7))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nncf_mpq_plugin.allocation.program.MOST_STATES", (1, 1))
+        patch.setattr("nncf_mpq_plugin.allocation.program.MOST_SPLITS", 1000)
+        optimum = solve(problem)
+    assert optimum is not None
+    weight, activation = optimum.choice
+    assert weight.tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert activation.tolist() == [2, 0, 0, 2, 2, 2, 2]
+
+
 def random_problem(seed: int, layers: int, budgets: int, grouped: bool) -> Problem:
     """A problem of arrays, with costs that fall and resources that rise with the bits."""
     generator = np.random.default_rng(seed)

@@ -106,7 +106,7 @@ class _Search:
             if root:
                 self.lower = relaxation.bound + reached
             self._check_time()
-            if self.best is not None and self.upper - relaxation.bound - reached < self.gap * abs(self.upper):
+            if self.gap and self.upper - relaxation.bound - reached < self.gap * abs(self.upper) < np.inf:
                 self.gap_left = max(self.gap_left, self.gap)
                 return
             hope = min(self.upper, relaxation.bound + 2 * radius)
