@@ -107,6 +107,24 @@ class Dense(nn.Module):
         return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Merged(nn.Module):
+    """Two branches that end in ReLU and are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.left = nn.Conv2d(8, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.right = nn.Conv2d(8, 16, 1)
+        self.last = nn.Conv2d(16, 16, 3, 2, 1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.bn(self.left(x))) + torch.relu(self.right(x))
+        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
+
+
 class SqueezeExcite(nn.Module):
     """An inverted residual with squeeze-and-excitation (hard sigmoid) and hard swish, as in MobileNetV3."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Attention, Branches, Dense, Inverted, Residual, SqueezeExcite, prepared
+from networks import Attention, Branches, Dense, Inverted, Merged, Residual, SqueezeExcite, prepared
 
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
@@ -27,7 +27,7 @@ from nncf_mpq_plugin.types import LayerBits, Policy  # noqa: E402
 
 BITS = (2, 3, 4, 5, 6, 8)
 LIMIT = "ONEDNN_MAX_CPU_ISA"
-EXACT = (Residual, Branches, Inverted, Dense)  # no floating-point function between quantizers
+EXACT = (Residual, Branches, Inverted, Dense, Merged)  # no floating-point function between quantizers
 CASES = [
     pytest.param(network, seed, marks=[pytest.mark.slow] if seed else [], id=f"{network.__name__}-{seed}")
     for network in (*EXACT, SqueezeExcite, Attention)

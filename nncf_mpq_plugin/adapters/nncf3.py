@@ -104,6 +104,7 @@ PRIVATE_ATTRIBUTES = {
 
 WEIGHTED_FUNCTIONS = ("conv1d", "conv2d", "conv3d", "linear")
 ADD_FUNCTIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
+FUSED_FUNCTIONS = ("batch_norm", "relu", "relu_")  # runtimes make them part of the layer before them
 FLOAT_FUNCTIONS = (
     "layer_norm",
     "group_norm",
@@ -544,7 +545,7 @@ def _read_graph(
         elif function in FLOAT_FUNCTIONS:
             kind = FLOAT
         producers = [tensor[0] for tensor in inputs.values()]
-        is_linear = kind == WEIGHTED or (function == "batch_norm" and all(p in linear for p in producers))
+        is_linear = kind == WEIGHTED or (function in FUSED_FUNCTIONS and all(p in linear for p in producers))
         if is_linear:
             linear.add(node.node_name)
         averaged, bounds = (1, ()) if kind == TRANSPARENT else _averaged(node, graph)

@@ -36,7 +36,7 @@ class Op:
     :param kind: ``weighted``; ``transparent`` (moves or selects values: reshape, max pooling, ...); ``concat``;
         ``add`` (of two activations); ``float`` (normalisation or attention: reads floating point); ``other``.
     :param inputs: input port -> tensor, activations only.
-    :param linear_output: whether its output is a weighted layer's, possibly through batch norm, without activation.
+    :param linear_output: whether its output is a weighted layer's, possibly through batch norm and ReLU.
     :param averaged: number of values that each of its outputs is the average of; 1 where it moves, selects or clips
         values (or is a batch norm that is folded); None where it computes something else.
     :param bounds: values that it clips at.
