@@ -7,11 +7,12 @@ graph, and the smallest distance of its points from a rounding tie: with units `
 ``1/2q`` steps (:mod:`nncf_mpq_plugin.adapters.ties` places steps so). Where that exceeds the error of float32
 arithmetic, every runtime and torch itself round every reachable value alike, for all inputs.
 
-The error bound, in steps, is ``M (e + (8 + sqrt(n)) 2^-24)``: M is the quantizer's range (or, of unsigned ones, the
-largest value that the channel reaches) plus the bias, e the relative
-distance of the units, as float32 has them, from their fractions, 8 stands for the operations between accumulator and
-integer, and sqrt(n) for torch's float32 sum of n products, whose roundings are independent (Higham and Mary, "A new
-approach to probabilistic rounding error analysis", 2019); integer kernels have no such sum.
+The error bound, in steps, is ``S (e + (4 + sqrt(n)) 2^-24) + 4 T 2^-24``. T is the largest value that the channel
+reaches within the quantizer's range, S the same plus the bias and plus what summands of an addition may cancel, e the
+relative distance of the units, as float32 has them, from their fractions. 4 stands for the operations between
+accumulator and sum, and again for those between sum and integer, and sqrt(n) for torch's float32 sum of n products,
+whose roundings are independent (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019);
+integer kernels have no such sum.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LARGEST_DENOMINATOR = 2**18
 FIRST_SEARCH = 2**11  # denominators that are tried before all others
 SAME = 2.0**-20  # relative difference under which a unit is taken for a fraction; it counts as an error
 UNIT_ROUNDOFF = 2.0**-24
-ROUNDINGS = 8
+ROUNDINGS = 4
 
 _KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Gather", "Slice", "Pad")
 
@@ -292,15 +293,16 @@ def _margin(values: _Values, step: float, low: int, high: int) -> tuple[float, f
     worst = (math.inf, 1.0)
     for channel in range(channels):
         reach = max(abs(starts[channel]), abs(ends[channel]))
-        magnitude = float(bias[channel] + (high - low if low < 0 else min(high, max(reach, 1.0))))
-        error = magnitude * (ROUNDINGS + math.sqrt(values.products)) * UNIT_ROUNDOFF
+        within = float(max(-low, high) if low < 0 else min(high, max(reach, 1.0)))
+        summands, total = within + float(bias[channel]), float(high - low if low < 0 else within)
+        error = ((ROUNDINGS + math.sqrt(values.products)) * summands + ROUNDINGS * total) * UNIT_ROUNDOFF
         margin = _distance(starts[channel], ends[channel], low, high)
         if margin <= error:
             largest = min(int(0.5 / error), LARGEST_DENOMINATOR)
             margin, mismatch = _lattice_margin(ratios[:, channel], min(largest, FIRST_SEARCH))
             if not margin:
                 margin, mismatch = _lattice_margin(ratios[:, channel], largest)
-            error += mismatch * magnitude
+            error += mismatch * summands
         if margin / error < worst[0] / worst[1]:
             worst = (margin, error)
     return worst
