@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.config import Config, differences
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.files import remove_unfinished, unwritable
@@ -103,6 +102,8 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """Append a line to log.txt, with the time; a full disk is for the results' writers to report."""
+        from nncf_mpq_plugin import distributed  # not above: reading a run needs no torch
+
         if not distributed.is_main():
             return
         with contextlib.suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8") as file:
@@ -185,6 +186,8 @@ def taken(path: str | Path, config: Config, *, restart: bool = False) -> Iterato
 
     :raises InputError: as these do.
     """
+    from nncf_mpq_plugin import distributed
+
     with locked(path) if distributed.is_main() else contextlib.nullcontext():
         distributed.on_main(lambda: RunFolder.create(path, config, restart=restart) and None)
         yield RunFolder(Path(path), config)
