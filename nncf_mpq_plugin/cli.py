@@ -398,7 +398,7 @@ def _latency(options: argparse.Namespace, out: Console) -> dict[str, Any]:
             threads=options.threads,
         )
         file = pipeline.folder.file("latency.json")
-    table.save(file)
+        table.save(file)
     out = _quiet_for_json(options, out)
     out.print(tables.latency_table(table))
     out.print(f"{file}: for --latency-table, or compression.initializer.precision.search.latency_table.")

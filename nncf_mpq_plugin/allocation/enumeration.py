@@ -133,6 +133,8 @@ def best_below(
     left = problem.bounds - problem.resources[:, *at].sum(1)
     settled = float(open_.base.sum()) + float(open_.grid[at].sum()) * open_.unit
     parts = _parts(blocks, open_.radius, relaxation.multipliers)
+    if not all(len(part) for part in parts):
+        return None, 0
     cuts = _cuts(relaxation.others, parts, open_.unit, target - settled, left)
     words = len(blocks[0].options.key) if blocks else 1
     first, second = (_List(nothing(len(left), words), most_states) for _ in range(2))
