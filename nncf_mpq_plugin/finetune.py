@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_mpq_plugin import distributed
-from nncf_mpq_plugin.batches import Batches
+from nncf_mpq_plugin.batches import Batches, first_batches
 from nncf_mpq_plugin.errors import ConfigError
 from nncf_mpq_plugin.loop import History, Loop, make_optimizer
 from nncf_mpq_plugin.placement import QuantizedModel
@@ -227,7 +227,7 @@ def finetune(
     reduce_to_policy(
         quantized,
         policy,
-        [inputs for inputs, _ in Batches(loader, seed=config.seed).take(config.calibration_samples)],
+        first_batches(Batches(loader, seed=config.seed).epoch(0), config.calibration_samples),
         weight_granularity=config.weight_granularity,
         initialization=config.scale_initialization,
     )

@@ -10,7 +10,7 @@ from nncf.torch.dynamic_graph.patch_pytorch import register_operator
 from nncf.torch.quantization.default_quantization import DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT, QuantizationTrait
 from torch import Tensor
 
-from nncf_mpq_plugin.adapters.plan import ADD, CONCAT, OTHER, TRANSPARENT, WEIGHTED, Op, Position
+from nncf_mpq_plugin.adapters.plan import ADD, ADD_FUNCTIONS, CONCAT, OTHER, TRANSPARENT, WEIGHTED, Op, Position
 
 WEIGHTED_FUNCTIONS = (
     "conv1d",
@@ -22,7 +22,6 @@ WEIGHTED_FUNCTIONS = (
     "conv_transpose3d",
 )
 FUSED_FUNCTIONS = ("batch_norm", "relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_")
-ADD_FUNCTIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 
 _TRANSPARENT = frozenset(DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.QUANTIZATION_AGNOSTIC])
 _CONCAT = frozenset(DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.CONCAT])

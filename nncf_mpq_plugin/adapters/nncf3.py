@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nncf_mpq_plugin.adapters.base import replace_hook
 from nncf_mpq_plugin.adapters.plan import (
     ADD,
+    ADD_FUNCTIONS,
     CONCAT,
     FLOAT,
     OTHER,
@@ -103,7 +104,6 @@ PRIVATE_ATTRIBUTES = {
 }
 
 WEIGHTED_FUNCTIONS = ("conv1d", "conv2d", "conv3d", "linear")
-ADD_FUNCTIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 FUSED_FUNCTIONS = ("batch_norm", "relu", "relu_")  # runtimes make them part of the layer before them
 FLOAT_FUNCTIONS = (
     "layer_norm",

@@ -25,6 +25,7 @@ Tensor = tuple[str, int]
 """A tensor: the operation that makes it and its output port."""
 
 WEIGHTED, TRANSPARENT, CONCAT, ADD, FLOAT, OTHER = "weighted", "transparent", "concat", "add", "float", "other"
+ADD_FUNCTIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 
 
 @dataclass(frozen=True)
