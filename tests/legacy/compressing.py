@@ -36,6 +36,19 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Transposed(nn.Module):
+    """A transposed convolution between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 3)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.b = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.b(self.up(self.a(x).relu()).relu()).mean((2, 3))
+
+
 class Concat(nn.Module):
     """Two branches and their concatenation, which a layer reads; on NPU the branches have one quantizer."""
 

@@ -6,7 +6,7 @@ import openvino
 import pytest
 import torch
 import torchvision
-from compressing import Concat, Net, compress, config, data
+from compressing import Concat, Net, Transposed, compress, config, data
 from torch import nn
 
 from nncf_mpq_plugin import deploy
@@ -128,16 +128,6 @@ def test_batch_norm_that_mirrors_channels(tmp_path) -> None:
 
 
 def test_layers_without_integer_kernels_keep_their_grid(tmp_path) -> None:
-    class Transposed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Conv2d(3, 6, 3)
-            self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
-            self.b = nn.Conv2d(4, 4, 3)
-
-        def forward(self, x):
-            return self.b(self.up(self.a(x).relu()).relu()).mean((2, 3))
-
     controller, _ = trained(tmp_path, Transposed(), bits=[2, 4], fixed_bits={})
     frozen = check_exported(controller, tmp_path)
     assert frozen.up.weight.unique().numel() <= 16

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from compressing import Concat, Net, bits_of, compress, config, data
+from compressing import Concat, Net, Transposed, bits_of, compress, config, data
 from nncf import NNCFConfig
 from nncf.torch import create_compressed_model, load_state, register_default_init_args
 from nncf.torch.initialization import PTInitializingDataLoader
@@ -194,16 +194,6 @@ def test_ignored_scopes_stay_in_floating_point(tmp_path) -> None:
 
 
 def test_channels_of_weights_keep_scales_of_their_own(tmp_path) -> None:
-    class Transposed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Conv2d(3, 6, 3)
-            self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
-            self.b = nn.Conv2d(4, 4, 3)
-
-        def forward(self, x):
-            return self.b(self.up(self.a(x).relu()).relu()).mean((2, 3))
-
     extra = {"weights": {"per_channel": True}}
     controller, _ = compress(Transposed(), config(tmp_path, extra=extra, bits=[2, 4], fixed_bits={}))
     shapes = {
