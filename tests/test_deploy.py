@@ -78,6 +78,17 @@ def test_onnx_stores_weights_up_to_4_bits_as_int4(exported):
         assert kind == (onnx.TensorProto.INT4 if bits.weight <= 4 else onnx.TensorProto.INT8), name
 
 
+def test_a_strided_pointwise_convolution_over_8_channels_leaves_without_stride(exported):
+    quantized, _, folder = exported
+    if "block2.shortcut" not in quantized.sites:
+        pytest.skip("the network has none")
+    nodes = onnx.load(folder / "model.onnx").graph.node
+    (shortcut,) = (node for node in nodes if node.name == "block2.shortcut")
+    (pixels,) = (node for node in nodes if node.output[0] == shortcut.input[0])
+    strides = [next(list(a.ints) for a in node.attribute if a.name == "strides") for node in (pixels, shortcut)]
+    assert (pixels.op_type, strides) == ("MaxPool", [[2, 2], [1, 1]])
+
+
 def test_every_layer_runs_in_an_integer_kernel(exported):
     quantized, _, folder = exported
     layers = [

@@ -64,3 +64,8 @@ def test_int4_weights_behind_a_cast_keep_integer_kernels() -> None:
     assert "_I8" in lines["int4 and Cast"]
     assert "QLinearConv" not in lines["int4"]
     assert "_I8" not in lines["int4"]
+
+
+def test_pixels_taken_first_keep_strided_pointwise_convolutions_exact() -> None:
+    lines = output(ROOT / "benchmarks/upstream/strided_pointwise.py", ONEDNN_MAX_CPU_ISA="AVX2").splitlines()
+    assert lines[-1] == "24 channels, MaxPool in front: 0 of 50 runs with two threads differ from one thread"

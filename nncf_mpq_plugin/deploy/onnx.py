@@ -59,6 +59,7 @@ class _Rewriter:
         self.fold_identity_batch_norms()
         self.reshapes_before_quantizers()
         self.quantizers_to_standard_operators()
+        self.strides_out_of_pointwise_convolutions()
         self.weights_of_float_layers()
         self.biases_to_integers()
         self.small_weights_to_int4()
@@ -177,6 +178,35 @@ class _Rewriter:
             nodes[-1].input[0] = f"{output}.clip"
         self.scales[output] = step
         return nodes
+
+    def strides_out_of_pointwise_convolutions(self) -> None:
+        """
+        A strided 1x1 convolution over an odd multiple of 8 channels becomes one without stride behind a ``MaxPool`` of
+        single pixels. oneDNN's AVX2 kernel for the former copies the pixels it reads to a buffer of its thread, 16
+        channels at a time, and so writes over another thread's pixels (docs/upstream.md).
+        """
+        result: list[NodeProto] = []
+        for node in self.nodes:
+            attributes = {a.name: list(a.ints) for a in node.attribute}
+            strides = attributes.get("strides", [])
+            if (
+                node.op_type == "Conv"
+                and node.input[0] in self.scales
+                and self.constants[f"{node.input[1]}.integers"].shape[1] % 16 == 8
+                and set(attributes["kernel_shape"]) == {1}
+                and not any(attributes.get("pads", []))
+                and max(strides) > 1
+            ):
+                pixels = f"{node.output[0]}.pixels"
+                kernel = [1] * len(strides)
+                result.append(
+                    helper.make_node("MaxPool", node.input[:1], [pixels], pixels, kernel_shape=kernel, strides=strides)
+                )
+                self.scales[pixels] = self.scales[node.input[0]]
+                node.input[0] = pixels
+                next(a for a in node.attribute if a.name == "strides").ints[:] = kernel
+            result.append(node)
+        self.nodes = result
 
     def weights_of_float_layers(self) -> None:
         """
