@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import openvino as ov
+from onnx import numpy_helper
 from openvino import opset13 as ops
 
 from nncf_mpq_plugin.deploy.onnx import weights_of_float_layers
@@ -41,14 +42,16 @@ def to_openvino(onnx_path: str | Path) -> ov.Model:
     :raises InputError: if OpenVINO cannot read the file.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder:  # convert_model takes a path with commas for several paths
-            link = Path(folder) / "model.onnx"
-            link.symlink_to(Path(onnx_path).resolve())
-            model = ov.convert_model(str(link))
+        source = onnx.load(onnx_path)
+        _clip_before_rounding(source)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            onnx.save(source, path)
+            model = ov.convert_model(str(path))
     except Exception as error:
         msg = f"{onnx_path}: OpenVINO cannot read it ({error})."
         raise InputError(msg) from error
-    compressed = weights_of_float_layers(onnx.load(onnx_path))
+    compressed = weights_of_float_layers(source)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i8 and len(node.shape) > 1:
             _pack(node, compressed)
@@ -100,6 +103,33 @@ def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:
         values = {key: str(info[name].astype(str)) for key, name in keys.items() if name in info}
         result.append({"name": op.get_friendly_name(), **values})
     return result
+
+
+def _clip_before_rounding(model: onnx.ModelProto) -> None:
+    """
+    Make Clip -> QuantizeLinear of QuantizeLinear -> Clip: the same integers, in fewer kernels of OpenVINO where a
+    stored tensor is quantized again. (The file keeps the other order: ONNX Runtime would leave the integer kernels.)
+    """
+    constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    nodes = list(model.graph.node)
+    for index, clip in enumerate(nodes):
+        if clip.op_type != "Clip" or nodes[index - 1].output[0] != clip.input[0]:
+            continue
+        rounding, dequantized = nodes[index - 1], nodes[index + 1]
+        if (rounding.op_type, dequantized.op_type) != ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        shifted = rounding.input[0] == f"{dequantized.output[0]}.shifted"
+        first = index - 2 if shifted else index - 1
+        step, zero_point = (constants[name].astype(np.float32) for name in dequantized.input[1:])
+        for port in (1, 2):
+            value = step * (constants[clip.input[port]].astype(np.float32) - zero_point)
+            clip.input[port] += ".value"
+            model.graph.initializer.append(numpy_helper.from_array(value, clip.input[port]))
+        clip.input[0], nodes[first].input[0] = nodes[first].input[0], clip.output[0]
+        dequantized.input[0] = rounding.output[0]
+        nodes.insert(first, nodes.pop(index))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _pack(constant: ov.Node, compressed: set[str]) -> None:
