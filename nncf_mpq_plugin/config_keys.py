@@ -95,6 +95,12 @@ _FINE_TUNING = _section(
     learning_rate=Key("number", "Top of the cosine.", default=0.01, above=0),
     warmup_epochs=Key("number", "Epochs of linear rise of the learning rate.", default=0.5, minimum=0),
     label_smoothing=Key("number", "Of the cross entropy.", default=0.0, minimum=0, maximum=0.999),
+    batch_norm=Key(
+        "string",
+        "Running statistics: trained on, or the model's own, for data too few or too unlike the model's.",
+        default="trained",
+        choices=("trained", "frozen"),
+    ),
     weight_granularity=Key(
         "string", "One weight scale per output channel, or per layer.", default="channel", choices=("channel", "tensor")
     ),

@@ -26,6 +26,7 @@ from nncf_mpq_plugin.training import (
     device_of,
     evaluation_mode,
     floating_point_copy,
+    freeze_batch_norm,
     named_quantizers,
     output_distance,
 )
@@ -33,6 +34,7 @@ from nncf_mpq_plugin.types import Policy
 
 GRANULARITIES = ("channel", "tensor")
 INITIALIZATIONS = ("statistics", "trained")
+BATCH_NORM_MODES = ("trained", "frozen")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class FinetuneConfig:
     :param warmup_epochs: epochs of linear rise. Published: 5 of 90.
     :param optimizer: ``sgd`` or ``adam``.
     :param label_smoothing: of the cross entropy. Published: 0.1.
+    :param batch_norm: ``trained``: batches are normalized by their own statistics, which the running ones follow;
+        ``frozen``: the model's own statistics are used and kept, for data too few or too unlike the model's. Scales and
+        shifts are trained in both.
     :param distillation: share of the distance to the teacher's outputs in the loss.
     :param label_free: the loss is that distance alone; targets are not read.
     :param weight_granularity: ``channel``: one weight scale per output channel; ``tensor``: one per layer.
@@ -70,6 +75,7 @@ class FinetuneConfig:
     warmup_epochs: float = 0.5
     optimizer: str = "sgd"
     label_smoothing: float = 0.0
+    batch_norm: str = "trained"
     distillation: float = 0.0
     label_free: bool = False
     weight_granularity: str = "channel"
@@ -214,8 +220,11 @@ def finetune(
     :raises TrainingError: if training diverges.
     :raises InterruptedRun: on Ctrl-C, after saving.
     :raises InputError: for a policy, data or a saved state that cannot be used.
-    :raises ConfigError: for an unknown optimizer, granularity or initialization.
+    :raises ConfigError: for an unknown optimizer, granularity, initialization or batch-norm mode.
     """
+    if config.batch_norm not in BATCH_NORM_MODES:
+        msg = f"batch_norm: {config.batch_norm!r} is not known; choose one of {', '.join(BATCH_NORM_MODES)}."
+        raise ConfigError(msg)
     begin = time.perf_counter()
     model = quantized.model
     device = device_of(model) if device is None else torch.device(device)
@@ -274,6 +283,8 @@ def finetune(
         progress=progress,
     )
     model.train()
+    if config.batch_norm == "frozen":
+        freeze_batch_norm(model)
     try:
         history = loop.run(compute_gradients)
     finally:

@@ -31,10 +31,10 @@ from nncf_mpq_plugin.training import (
     BatchNormStatistics,
     LossFunction,
     Progress,
-    batch_norms,
     cross_entropy,
     device_of,
     floating_point_copy,
+    freeze_batch_norm,
     output_distance,
 )
 
@@ -270,8 +270,7 @@ def _training_mode(quantized: QuantizedModel, config: JointConfig) -> Iterator[N
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.train()
     if config.batch_norm == "frozen":
-        for module in batch_norms(model):
-            module.eval()
+        freeze_batch_norm(model)
     if not config.train_weights:
         scales = quantizers_by_scale(quantized)
         for parameter in flags:

@@ -336,7 +336,7 @@ class Pipeline:
         Measure policies in the jointly trained model, see :mod:`nncf_mpq_plugin.refine`.
 
         The loss is measured on training samples that joint training has not seen, where its ``data_fraction`` leaves
-        any out.
+        any out. Batch-norm statistics are estimated for each policy, unless fine-tuning keeps the model's.
 
         :param program: arguments of :func:`nncf_mpq_plugin.allocation.search.prepare`.
         :param budget: default: the config's.
@@ -348,9 +348,10 @@ class Pipeline:
         fraction = config.joint_training["data_fraction"]
         seen = Batches(self.data.train, seed=config.seed, fraction=fraction).take(config.num_init_samples)
         judges = Batches(self.data.train, seed=config.seed, fraction=fraction, held_back=True).take(samples)
+        frozen = config.fine_tuning["batch_norm"] == "frozen"
         measure = JointLoss(
             self._as_fine_tuned(quantized, seen[0][0]),
-            [inputs for inputs, _ in to_device(seen, self.device)],
+            [] if frozen else [inputs for inputs, _ in to_device(seen, self.device)],
             to_device(judges, self.device),
             self.sources.loss,
             config.joint_training["label_free"],

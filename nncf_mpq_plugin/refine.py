@@ -84,10 +84,11 @@ class Refinement:
 @dataclass(frozen=True)
 class JointLoss:
     """
-    The loss of a policy in the jointly trained model. Batch-norm statistics are those of the last policy afterwards.
+    The loss of a policy in the jointly trained model. Batch-norm statistics are those of the last policy afterwards,
+    unless they are kept.
 
     :param quantized: the jointly trained model.
-    :param estimation: inputs for batch-norm statistics, a few hundred samples.
+    :param estimation: inputs for batch-norm statistics, a few hundred samples; none keeps the model's statistics.
     :param judges: (input, target) that the loss is measured on, best not those that joint training saw.
     :param loss_fn: (output, target) -> mean loss; default: cross entropy.
     :param label_free: measure the distance to the outputs with the quantizers off.
@@ -107,16 +108,20 @@ class JointLoss:
             references = []
             if self.label_free:
                 with quantizers_off(model):
-                    reestimate_batch_norm(model, self.estimation)
+                    self._estimate()
                     references = [model(inputs) for inputs, _ in self.judges]
             self.quantized.select(bits)
-            reestimate_batch_norm(model, self.estimation)
+            self._estimate()
             for index, (inputs, target) in enumerate(self.judges):
                 output = model(inputs)
                 loss = output_distance(output, references[index]) if self.label_free else loss_fn(output, target)
                 total += loss.item() * len(inputs)
                 samples += len(inputs)
         return total / samples
+
+    def _estimate(self) -> None:
+        if self.estimation:
+            reestimate_batch_norm(self.quantized.model, self.estimation)
 
 
 def refine(

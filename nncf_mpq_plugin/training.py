@@ -220,6 +220,12 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Let every batch norm use its running statistics and keep them, until the next ``train()``."""
+    for module in batch_norms(model):
+        module.eval()
+
+
 class BatchNormStatistics:
     """
     Running statistics of every batch norm module, one set per key (a bit width, say), swapped in and out.

@@ -96,6 +96,30 @@ def test_teacher_is_the_floating_point_model(change):
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
+@pytest.mark.parametrize("mode", ["trained", "frozen"])
+def test_frozen_batch_norm_is_used_as_it_is(mode):
+    """Frozen, a model in training computes what it does in evaluation, keeps its statistics and trains the rest."""
+    quantized = small_model()
+    before = state(quantized)
+    losses = {}
+
+    def progress(step, total, numbers):
+        losses.setdefault("first", numbers["train"])
+
+    config = dataclasses.replace(CONFIG, batch_norm=mode)
+    finetune(quantized, POLICY, data(48, 48), config, progress=progress)
+    after = quantized.model.state_dict()
+    kept = [torch.equal(before[name], after[name]) for name in before if "running" in name]
+    assert kept
+    assert all(kept) if mode == "frozen" else not any(kept)
+    assert not torch.equal(before["bn2.weight"], after["bn2.weight"])
+    start = small_model()
+    reduce_to_policy(start, POLICY, [inputs for inputs, _ in data()])
+    evaluated = evaluate(start.model, data()).loss
+    assert (losses["first"] == pytest.approx(evaluated, rel=1e-5)) == (mode == "frozen")
+    assert not any(module.training for module in quantized.model.modules())
+
+
 def test_interrupted_fine_tuning_ends_bit_for_bit_the_same(tmp_path):
     config = dataclasses.replace(CONFIG, epochs=3, distillation=0.3)
     whole = small_model(dropout=0.3)
@@ -142,9 +166,10 @@ def test_learning_rate_warms_up_and_falls(monkeypatch):
     [
         ({"weight_granularity": "row"}, "channel, tensor"),
         ({"scale_initialization": "guess"}, "statistics, trained"),
+        ({"batch_norm": "switched"}, "trained, frozen"),
         ({"optimizer": "x"}, "sgd"),
     ],
-    ids=["granularity", "initialization", "optimizer"],
+    ids=["granularity", "initialization", "batch norm", "optimizer"],
 )
 def test_unknown_choices_are_config_errors(change, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,7 @@
 """Refinement: budgets hold at every step, the measured loss falls, and the answer is repeatable."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_net import data, small_model
@@ -98,3 +99,12 @@ def test_the_joint_loss_is_that_of_evaluation_after_reestimation(label_free):
         quantized.select(low)
         reestimate_batch_norm(quantized.model, inputs)
         assert measure(low) == pytest.approx(evaluate(quantized.model, data(seed=2)).loss, rel=1e-6)
+
+
+def test_without_estimation_the_models_own_statistics_stay():
+    quantized = small_model()
+    before = quantized.model.bn2.running_var.clone()
+    bits = {layer.cost.name: LayerBits(3, 3) for layer in quantized.searchable}
+    loss = JointLoss(quantized, [], list(data(seed=2)))(bits)
+    assert torch.equal(quantized.model.bn2.running_var, before)
+    assert loss == pytest.approx(evaluate(quantized.model, data(seed=2)).loss, rel=1e-6)
