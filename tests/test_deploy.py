@@ -13,6 +13,7 @@ nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF
 
 from damage import negate_weights  # noqa: E402
 from networks import Branches, Residual, prepared  # noqa: E402
+from torchvision.models import VisionTransformer  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
 from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
@@ -87,6 +88,21 @@ def test_a_strided_pointwise_convolution_over_8_channels_leaves_without_stride(e
     (pixels,) = (node for node in nodes if node.output[0] == shortcut.input[0])
     strides = [next(list(a.ints) for a in node.attribute if a.name == "strides") for node in (pixels, shortcut)]
     assert (pixels.op_type, strides) == ("MaxPool", [[2, 2], [1, 1]])
+
+
+def test_the_bias_before_a_class_token_is_kept(tmp_path):
+    torch.manual_seed(0)
+    network = VisionTransformer(16, 4, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=10).eval()
+    torch.nn.init.uniform_(network.conv_proj.bias, 1, 2)
+    data = batches()
+    quantized = nncf3.place(network, data[0], data, bits=(2, 3, 4, 5, 6))
+    quantized.select(mixed(quantized))
+    frozen = nncf3.freeze(quantized)
+    deploy.export(frozen, data[0], tmp_path)
+    trace, name = Trace(frozen, data[0]), "conv_proj/conv2d/0.quantized"
+    for file in ("model.xml", "model.onnx"):
+        found = run_openvino(tmp_path / file, trace.inputs, [name])[name]
+        assert abs(found - trace.float32[name]).mean() < 0.01 * trace.steps[name], file
 
 
 def test_every_layer_runs_in_an_integer_kernel(exported):

@@ -69,3 +69,9 @@ def test_int4_weights_behind_a_cast_keep_integer_kernels() -> None:
 def test_pixels_taken_first_keep_strided_pointwise_convolutions_exact() -> None:
     lines = output(ROOT / "benchmarks/upstream/strided_pointwise.py", ONEDNN_MAX_CPU_ISA="AVX2").splitlines()
     assert lines[-1] == "24 channels, MaxPool in front: 0 of 50 runs with two threads differ from one thread"
+
+
+def test_a_token_repeated_by_values_keeps_the_bias_before_it() -> None:
+    lines = output(ROOT / "benchmarks/upstream/lost_bias.py").splitlines()
+    found = [line.split(": ")[1] for line in lines if "values" in line]
+    assert found == ["channels 1 and 15 are off by 0.00 and 0.00"] * 2

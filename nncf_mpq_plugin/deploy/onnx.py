@@ -19,7 +19,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import NodeProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 from nncf_mpq_plugin.deploy.graph import is_marker
 from nncf_mpq_plugin.errors import UnsupportedModelError
@@ -63,12 +63,9 @@ class _Rewriter:
         self.weights_of_float_layers()
         self.biases_to_integers()
         self.small_weights_to_int4()
-        used = {name for node in self.nodes for name in node.input} | {item.name for item in self.graph.output}
-        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
-        self.graph.node.extend(self.nodes)
-        self.graph.initializer.extend(
-            numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in used
-        )
+        del self.graph.initializer[:], self.graph.value_info[:]
+        self.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self.constants.items())
+        _replace_nodes(self.graph, self.nodes)
 
     def fold_identity_batch_norms(self) -> None:
         """Freezing left batch norms as identities that carry the bias: move it into the layer."""
@@ -278,8 +275,52 @@ def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:
     del marked.opset_import[:]
     marked.opset_import.append(helper.make_opsetid("", OPSET))
     marked.producer_name = "nncf-mpq-plugin"
+    _expand_without_shapes(marked.graph)
     onnx.checker.check_model(marked, full_check=True)
     return marked
+
+
+def _expand_without_shapes(graph: GraphProto) -> None:
+    """
+    A constant that is repeated over the batch and joined to a tensor (the class token of a vision transformer) takes
+    the batch from that tensor's values, times 0: OpenVINO loses the bias of the convolution before it where its shape
+    is read (docs/upstream.md).
+    """
+    constants = {item.name for item in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        expands = {n.output[0]: n for n in nodes if n.op_type == "Expand" and n.input[0] in constants}
+        repeated = [name for name in node.input if name in expands]
+        if node.op_type == "Concat" and 0 < len(repeated) < len(node.input):
+            tensor = next(name for name in node.input if name not in expands)
+            (axis,) = (a.i for a in node.attribute)
+            name = f"{node.output[0]}.zeros"
+            values = {"first": [0], "end": [1], "axis": [axis]}
+            for key, value in values.items():
+                graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.int64), f"{name}.{key}"))
+            graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), f"{name}.factor"))
+            bounds = [f"{name}.{key}" for key in values]
+            nodes.append(helper.make_node("Slice", [tensor, *bounds], [f"{name}.row"], f"{name}.row"))
+            nodes.append(helper.make_node("Mul", [f"{name}.row", f"{name}.factor"], [name], name))
+            for output in repeated:
+                nodes.remove(expands[output])
+                nodes.append(helper.make_node("Add", [expands[output].input[0], name], [output], output))
+        nodes.append(node)
+    _replace_nodes(graph, nodes)
+
+
+def _replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
+    """Set a graph's nodes, without those and without constants that nothing reads."""
+    read = {item.name for item in graph.output}
+    kept = []
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            kept.append(node)
+            read.update(node.input)
+    constants = [item for item in graph.initializer if item.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(constants)
 
 
 def weights_of_float_layers(model: onnx.ModelProto) -> set[str]:
