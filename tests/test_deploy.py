@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import onnx
@@ -16,11 +17,12 @@ from networks import Branches, Residual, prepared  # noqa: E402
 from torchvision.models import VisionTransformer  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
+from nncf_mpq_plugin.adapters.base import native_quantizers  # noqa: E402
 from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
 from nncf_mpq_plugin.deploy.onnx import count_operators  # noqa: E402
 from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels, save_ir, to_openvino  # noqa: E402
 from nncf_mpq_plugin.deploy.runtimes import run_openvino  # noqa: E402
-from nncf_mpq_plugin.errors import InputError, VerificationError  # noqa: E402
+from nncf_mpq_plugin.errors import InputError, UnsupportedModelError, VerificationError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
 
@@ -122,6 +124,37 @@ def test_ir_stores_each_weight_at_its_bits(exported):
     size = (folder / "model.bin").stat().st_size
     # scales, quantization limits and biases are float32 or int32 constants by channel; planes are padded to bytes
     assert ideal <= size <= ideal + 4 * 8 * channels + 2048
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("bias", math.nan, "a bias is no number or over 2"),
+        ("bias", 1e30, "a bias is no number or over 2"),
+        ("weight", math.inf, "a weight is zero, infinite or no number"),
+        ("scale", math.nan, "scale is zero, infinite or no number"),
+        ("scale", 0.0, "scale is zero, infinite or no number"),
+    ],
+)
+def test_numbers_that_integer_kernels_cannot_have_are_refused(exported, tmp_path, part, value, message):
+    frozen = copy.deepcopy(exported[1])
+    norm = next(module for module in frozen.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    convolution = next(module for module in frozen.modules() if isinstance(module, torch.nn.Conv2d))
+    scale = next(iter(native_quantizers(frozen).values()))._scale_param_storage
+    with torch.no_grad():
+        {"bias": norm.bias, "weight": convolution.weight, "scale": scale}[part].fill_(value)
+    with pytest.raises(UnsupportedModelError, match=message):
+        deploy.export(frozen, batches(1)[0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_freezing_after_training_that_diverged_is_refused():
+    data = batches(1)
+    quantized = nncf3.place(prepared(Residual), data[0], data, bits=(2, 4))
+    quantizer = next(iter(quantized.activation_quantizers.values()))
+    quantizer.scale().data.fill_(math.nan)
+    with pytest.raises(UnsupportedModelError, match="training has diverged"):
+        nncf3.freeze(quantized)
 
 
 def test_batch_size_is_free(exported):

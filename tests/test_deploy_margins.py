@@ -103,6 +103,17 @@ def test_added_paths_share_their_denominators():
     assert [m.margin for m in margins[1:]] == pytest.approx([1 / 6, 1 / (2 * 35)])  # units 4/35 and 4/5
 
 
+def test_summands_that_cannot_cancel_add_no_error():
+    def error(*integers):
+        graph = Graph()
+        paths = [graph.convolution(graph.x, 2.0**-6, [8.0 / 3], f"conv{k}", weight) for k, weight in integers]
+        graph.quantize(graph.node("Add", paths, "sum"), 0.125, "y")
+        return graph.certificate().margins[1].error
+
+    assert error((0, 127), (1, 127)) < 2 * UNIT_ROUNDOFF * 255 * (8 + 3**0.5)
+    assert error((0, 127), (1, -127)) > 50 * error((0, 127), (1, 127))
+
+
 def test_averages_divide_the_unit():
     graph = Graph()
     stored = graph.quantize(graph.convolution(graph.x, 2.0**-6, [8.0 / 3], "first"), 0.125, "stored")

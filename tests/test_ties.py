@@ -66,6 +66,22 @@ def test_a_clipped_value_and_each_part_of_a_concatenation_are_sums_of_their_own(
     assert found["mean"] == [(Term("right", 4), Term("", 4, 6.0))]
 
 
+def test_a_quantizer_in_several_places_reads_the_sums_of_all():
+    ops = [op("x", OTHER), op("left", WEIGHTED, "x"), op("right", WEIGHTED, "x"), op("cat", CONCAT, "left", "right")]
+    positions = {Position("post", name, 0): name for name in ("x",)}
+    positions |= dict.fromkeys([Position("post", "left", 0), Position("pre", "cat", 1)], "unified")
+    reads = read_sums([*ops, op("after", WEIGHTED, "cat")], positions)
+    assert reads.sums["unified"] == [(Term("left"),), (Term("right"),)]
+    assert reads.inputs["after"] == ("unified",)
+    assert read_sums([*ops[:2], op("right", OTHER, "x"), ops[3]], positions).sums["unified"] is None
+
+
+def test_a_quantizer_that_reads_one_tensor_for_several_layers_is_ordered_by_the_first():
+    ops = [op("x", OTHER), op("one", WEIGHTED, "x"), op("relu", OTHER, "one", averaged=1), op("two", WEIGHTED, "x")]
+    positions = behind("x", "relu") | {Position("pre", name, 0): "reader" for name in ("one", "two")}
+    assert list(read_sums(ops, positions).sums) == ["x", "reader", "relu"]
+
+
 def fraction(value, largest=2**18):
     result = Fraction(value).limit_denominator(largest)
     assert float(result) == pytest.approx(value, rel=1e-9)

@@ -8,6 +8,9 @@ be mended without training is mended here; docs/migrating-from-hawq.md says what
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nncf_mpq_plugin.adapters.base import POST_HOOKS, PRE_HOOKS
+from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
 from nncf_mpq_plugin.adapters.nncf2_graph import hook_name, operations, position_of, traced
-from nncf_mpq_plugin.adapters.plan import Position, before_additions, input_grids
+from nncf_mpq_plugin.adapters.plan import Op, Position, before_additions, input_grids, reads_input
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # weights of others are exported as they are on their grid
 STORAGE = "frozen_quantizers"
+LARGEST_PAIR = 2**15 - 1  # sum of two products in vpmaddubsw
+ZERO_POINT = 128  # that the exported form adds to signed activations
 
 
 class GridQuantizer(nn.Module):
@@ -35,13 +41,15 @@ class GridQuantizer(nn.Module):
     :param step: one element, or a weight's steps by output channel, shaped to broadcast.
     :param low: smallest integer.
     :param high: largest integer.
+    :param zero_point: added before the rounding, as the exported quantizer of the network's input does; the sum is
+        itself rounded, to float32.
     """
 
     scale: Tensor
 
-    def __init__(self, step: Tensor, low: int, high: int):
+    def __init__(self, step: Tensor, low: int, high: int, zero_point: int = 0):
         super().__init__()
-        self.level_low, self.level_high = low, high
+        self.level_low, self.level_high, self.zero_point = low, high, zero_point
         self.register_buffer("scale", (step.detach() * high).float())
 
     @property
@@ -51,7 +59,8 @@ class GridQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """:param x: any shape. :return: the nearest values on the grid."""
-        return (x / self.step).round().clamp(self.level_low, self.level_high) * self.step
+        integers = ((x + self.step * self.zero_point) / self.step).round() - self.zero_point
+        return integers.clamp(self.level_low, self.level_high) * self.step
 
 
 class _Call:
@@ -69,13 +78,38 @@ class _Call:
         return traced(x, model.get_submodule(f"{STORAGE}.{self.name}"))
 
 
+@dataclass
+class _Layer:
+    """
+    A weighted layer on its way to integers.
+
+    :param module: convolution or linear layer of the frozen model.
+    :param norm: the batch norm that alone reads its output, if any.
+    :param integers: shaped as the weight.
+    :param low: smallest integer that its quantizer has.
+    :param high: largest.
+    :param step: weight steps ``[out]`` with the batch norm's factors, in float64.
+    :param bias: ``[out]`` with the batch norm's offsets, in float64.
+    """
+
+    module: Any
+    norm: Any
+    integers: Tensor
+    low: int
+    high: int
+    step: Tensor
+    bias: Tensor
+
+
 def freeze(controller: Any) -> nn.Module:
     """
     Make the model that :func:`nncf_mpq_plugin.deploy.export` takes, and that the exported files are verified against.
 
-    Weights lie on their grids, batch norm is folded into weight steps and biases, biases are rounded to multiples of
-    weight step x input step, and quantizers between a weighted layer and an addition are left out (OpenVINO would not
-    round there); the log names these.
+    Weights lie on their grids, batch norm is folded into weight steps and biases, steps move by less than half a
+    percent so that no rounding tie can be reached (:mod:`nncf_mpq_plugin.adapters.ties`), and biases are rounded to
+    multiples of weight step x input step. Quantizers between a weighted layer and an addition are left out (OpenVINO
+    would not round there), and 8-bit weights whose products could saturate on CPUs without VNNI get steps twice as
+    large; the log names both.
 
     :param controller: what ``create_compressed_model`` returned beside the model, which is not changed.
     :return: a copy of the model on the CPU, in evaluation mode.
@@ -87,8 +121,62 @@ def freeze(controller: Any) -> nn.Module:
         msg = f"{type(controller).__name__}: pass the controller that create_compressed_model returned."
         raise InputError(msg)
     _check(controller)
-    graph = controller.model.nncf.get_original_graph()
-    ops = operations(graph)
+    frozen: Any = copy.deepcopy(controller.model).cpu().eval()
+    nodes = {
+        point.target_node_name: info.quantizer_module_ref
+        for info in controller.weight_quantizers.values()
+        for point in info.affected_insertions
+        if info.quantizer_module_ref.is_enabled_quantization()
+    }
+    norms = _norms(frozen)
+    folded = {
+        node: norm
+        for node in nodes
+        if isinstance(frozen.nncf.get_containing_module(node), LAYERS) and (norm := _behind(frozen, node)) in norms
+    }
+    others = norms.keys() - set(folded.values())
+    ops = operations(frozen, set(folded.values()), others)
+    activations = _activations(controller, ops)
+    grids = input_grids(ops, {position: native.signed for position, native in activations.items()})
+    frozen.nncf.get_clean_shallow_copy()
+    frozen.nncf.disable_dynamic_graph_building()
+    with torch.no_grad():
+        layers = _fold(frozen, nodes, {node: norms[norm] for node, norm in folded.items()})
+        _leave_room(layers, {node: [activations[position] for position in grids.get(node, ())] for node in layers})
+        names = {native: hook_name(position) for position, native in reversed(activations.items())}
+        calls = Counter(id(frozen.nncf.get_containing_module(node)) for node in nodes)
+        steps, found = place_steps(
+            ops,
+            {
+                position: Activation(names[native], float(_step(native)), native.level_high)
+                for position, native in activations.items()
+            },
+            {node: layer.step for node, layer in layers.items() if calls[id(layer.module)] == 1},
+            {norm: norms[norm] for norm in others},
+        )
+        storage: Any = nn.ModuleDict({PRE_HOOKS: nn.ModuleDict(), POST_HOOKS: nn.ModuleDict()})
+        frozen.add_module(STORAGE, storage)
+        addresses = frozen.nncf.get_node_to_op_address_mapping()
+        for position, native in activations.items():
+            step = torch.tensor([found[names[native]]], dtype=torch.float64)
+            zero_point = ZERO_POINT if native.level_low < 0 and reads_input(position, ops) else 0
+            quantizer = GridQuantizer(step, native.level_low, native.level_high, zero_point)
+            kind = TargetType.OPERATOR_PRE_HOOK if position.side == "pre" else TargetType.OPERATOR_POST_HOOK
+            place = PTInsertionPoint(kind, addresses[position.op], position.port)
+            frozen.nncf.insert_at_point(place, _Call(_add(storage, position, quantizer)))
+        for node, layer in layers.items():
+            layer.step = steps.get(node, layer.step)
+            sources = {found[names[activations[position]]] for position in grids.get(node, ())}
+            quantizer = _write(layer, sources.pop() if len(sources) == 1 else None)
+            layer.module.register_pre_forward_operation(
+                UpdateWeight(_Call(_add(storage, Position("pre", node, 1), quantizer)))
+            )
+    result: nn.Module = frozen.eval()
+    return result
+
+
+def _activations(controller: Any, ops: Sequence[Op]) -> dict[Position, Any]:
+    """:return: positions of NNCF's activation quantizers that are exported."""
     activations = {
         position_of(point): info.quantizer_module_ref
         for info in controller.non_weight_quantizers.values()
@@ -101,80 +189,90 @@ def freeze(controller: Any) -> nn.Module:
             "Not exported, since OpenVINO would not round there (compressed by learned_importance, the model is "
             f"trained without them): the quantizers of {', '.join(position.op for position in dropped)}"
         )
-    weights = {
-        point.target_node_name: info.quantizer_module_ref
-        for info in controller.weight_quantizers.values()
-        for point in info.affected_insertions
-        if info.quantizer_module_ref.is_enabled_quantization()
-    }
-    frozen: Any = copy.deepcopy(controller.model).cpu().eval()
-    frozen.nncf.get_clean_shallow_copy()
-    frozen.nncf.disable_dynamic_graph_building()
-    storage: Any = nn.ModuleDict({PRE_HOOKS: nn.ModuleDict(), POST_HOOKS: nn.ModuleDict()})
-    frozen.add_module(STORAGE, storage)
-    addresses = frozen.nncf.get_node_to_op_address_mapping()
-    placed: dict[Position, GridQuantizer] = {}
-    with torch.no_grad():
-        for position, native in activations.items():
-            if position not in dropped:
-                placed[position] = GridQuantizer(_step(native), native.level_low, native.level_high)
-                kind = TargetType.OPERATOR_PRE_HOOK if position.side == "pre" else TargetType.OPERATOR_POST_HOOK
-                place = PTInsertionPoint(kind, addresses[position.op], position.port)
-                frozen.nncf.insert_at_point(place, _Call(_add(storage, position, placed[position])))
-        grids = input_grids(ops, {position: quantizer.level_low < 0 for position, quantizer in placed.items()})
-        done: set[int] = set()
-        for node, native in weights.items():
-            layer: Any = frozen.nncf.get_containing_module(node)
-            if id(layer) in done:
-                continue
-            done.add(id(layer))
-            layer.weight.copy_(copy.deepcopy(native).cpu()(layer.weight))
-            has_kernels = isinstance(layer, LAYERS)
-            if has_kernels:
-                steps = {float(placed[position].step) for position in grids.get(node, ())}
-                source = steps.pop() if len(steps) == 1 else None
-                quantizer = _freeze_layer(layer, native, _batch_norm(frozen, graph, node), source)
-                name = _add(storage, Position("pre", node, 1), quantizer)
-                layer.register_pre_forward_operation(UpdateWeight(_Call(name)))
-    result: nn.Module = frozen.eval()
-    return result
+    return {position: native for position, native in activations.items() if position not in dropped}
 
 
-def _freeze_layer(layer: Any, native: Any, norm: Any, source: float | None) -> GridQuantizer:
+def _fold(frozen: Any, nodes: Mapping[str, Any], norms: Mapping[str, Any]) -> dict[str, _Layer]:
     """
-    Fold batch norm and round the bias, in place.
+    Put weights on their grids.
 
-    :param layer: its weight is on the grid of ``native`` already.
-    :param norm: the batch norm that alone reads its output, if any.
+    :param nodes: weighted operation -> NNCF's quantizer of its weight.
+    :param norms: weighted operation -> the batch norm to fold.
+    :return: weighted operation -> layer, of layers with integer kernels; one that is called several times has one.
+    """
+    layers: dict[str, _Layer] = {}
+    done: set[int] = set()
+    for node, native in nodes.items():
+        module: Any = frozen.nncf.get_containing_module(node)
+        if id(module) in done:
+            continue
+        done.add(id(module))
+        weight = module.weight
+        weight.copy_(copy.deepcopy(native).cpu()(weight))
+        if not isinstance(module, LAYERS):
+            continue
+        columns = (-1, *[1] * (weight.dim() - 1))
+        step = _step(native).expand(weight.shape[0], *columns[1:]).clone()
+        integers, step = (weight.double() / step).round(), step.flatten()
+        low, high = native.level_low, native.level_high
+        bias = torch.zeros_like(step) if module.bias is None else module.bias.double()
+        norm = norms.get(node)
+        if norm is not None:
+            factor, offset = affine(norm)
+            bias = bias * factor + offset
+            integers *= factor.sign().reshape(columns)  # a factor of 0 makes the integers 0, at any step
+            step *= torch.where(factor == 0, 1.0, factor.abs())
+            if (factor < 0).any():
+                low, high = min(low, -high), max(high, -low)
+        layers[node] = _Layer(module, norm, integers, low, high, step, bias)
+    return layers
+
+
+def _leave_room(layers: Mapping[str, _Layer], sources: Mapping[str, Sequence[Any]]) -> None:
+    """
+    Double the steps of weights whose products could saturate: CPUs without VNNI add two of them in 16 bits.
+
+    :param sources: weighted operation -> NNCF's quantizers of its input.
+    """
+    doubled = []
+    for node, layer in layers.items():
+        if len({float(_step(native)) for native in sources[node]}) != 1:
+            continue  # it runs in floating point
+        largest = max(native.level_high + (ZERO_POINT if native.level_low < 0 else 0) for native in sources[node])
+        rows = layer.integers.flatten(1).abs()
+        pairs = rows.topk(min(2, rows.shape[1]), 1).values.sum(1)
+        if float(pairs.max()) * largest > LARGEST_PAIR:
+            layer.integers = (layer.integers / 2).round()
+            layer.step = layer.step * 2
+            layer.low, layer.high = -(-layer.low // 2), layer.high // 2
+            layer.integers.clamp_(layer.low, layer.high)
+            doubled.append(node)
+    if doubled:
+        nncf_logger.warning(
+            "Exported with weights of 7 bits, since products of 8-bit ones saturate on CPUs without VNNI (compressed "
+            f"by learned_importance, the model is trained so): {', '.join(doubled)}"
+        )
+
+
+def _write(layer: _Layer, source: float | None) -> GridQuantizer:
+    """
+    Write weight and bias into the layer.
+
     :param source: step of the layer's input; None where it is in floating point.
-    :return: the quantizer of the folded weight.
+    :return: the quantizer of the weight.
     """
-    weight = layer.weight
-    columns = (-1, *[1] * (weight.dim() - 1))
-    step = _step(native).double().expand(weight.shape[0], *columns[1:]).clone()
-    integers = (weight.double() / step).round()
-    low, high = native.level_low, native.level_high
-    bias = torch.zeros(weight.shape[0]).double() if layer.bias is None else layer.bias.double()
-    if norm is not None:
-        factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        bias = norm.bias.double() + (bias - norm.running_mean.double()) * factor
-        integers *= factor.sign().reshape(columns)  # a channel that batch norm scales by 0 has integers 0, and any step
-        step *= torch.where(factor == 0, 1.0, factor.abs()).reshape(columns)
-        if (factor < 0).any():
-            low, high = min(low, -high), max(high, -low)
-    quantizer = GridQuantizer(step, low, high)
-    weight.copy_(integers.float() * quantizer.step)
-    if source is not None:
+    weight, module = layer.module.weight, layer.module
+    quantizer = GridQuantizer(layer.step.reshape(-1, *[1] * (weight.dim() - 1)), layer.low, layer.high)
+    weight.copy_(layer.integers.float() * quantizer.step)
+    bias = layer.bias
+    if source is not None:  # an integer kernel's bias lies on the accumulator's grid
         unit = quantizer.step.flatten().double() * source
         bias = (bias / unit).round() * unit
-    if norm is not None:  # it stays as an identity that carries the bias
-        norm.running_mean.zero_()
-        norm.running_var.fill_(1.0 - norm.eps)
-        norm.weight.fill_(1.0)
-        norm.bias.copy_(bias)
+    if layer.norm is not None:  # it stays as an identity that carries the bias
+        make_identity(layer.norm, bias)
         bias = torch.zeros_like(bias)
-    if layer.bias is not None:
-        layer.bias.copy_(bias)
+    if module.bias is not None:
+        module.bias.copy_(bias)
     return quantizer
 
 
@@ -214,13 +312,27 @@ def _add(storage: Any, position: Position, quantizer: GridQuantizer) -> str:
     return name
 
 
-def _batch_norm(frozen: Any, graph: Any, node: str) -> Any:
-    """:return: the batch norm that alone reads a layer's output, where both run once in a forward pass; else None."""
-    layer, readers = graph.get_node_by_name(node), graph.get_next_nodes(graph.get_node_by_name(node))
-    if len(readers) != 1 or readers[0].node_type != "batch_norm":
-        return None
-    for name in (layer.layer_name, readers[0].layer_name):
-        if len([other for other in graph.get_all_nodes() if other.layer_name == name]) != 1:
-            return None
-    module = frozen.nncf.get_containing_module(readers[0].node_name)
-    return module if isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None else None
+def _norms(frozen: Any) -> dict[str, Any]:
+    """:return: operation -> module of each batch norm with factor and offset that runs once in a forward pass."""
+    graph = frozen.nncf.get_original_graph()
+    nodes = [node for node in graph.get_all_nodes() if node.node_type == "batch_norm"]
+    uses = Counter(node.layer_name for node in nodes)
+    modules = {
+        node.node_name: frozen.nncf.get_containing_module(node.node_name)
+        for node in nodes
+        if uses[node.layer_name] == 1
+    }
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
+    }
+
+
+def _behind(frozen: Any, name: str) -> str | None:
+    """:return: the operation that alone reads a layer's output, where the layer runs once in a forward pass."""
+    graph = frozen.nncf.get_original_graph()
+    node = graph.get_node_by_name(name)
+    readers = graph.get_next_nodes(node)
+    calls = [other for other in graph.get_all_nodes() if other.layer_name == node.layer_name]
+    return readers[0].node_name if len(readers) == len(calls) == 1 else None

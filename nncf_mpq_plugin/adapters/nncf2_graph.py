@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
 from nncf.torch.dynamic_graph.patch_pytorch import register_operator
 from nncf.torch.quantization.default_quantization import DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT, QuantizationTrait
-from torch import Tensor
+from torch import Tensor, nn
 
 from nncf_mpq_plugin.adapters.plan import ADD, ADD_FUNCTIONS, CONCAT, OTHER, TRANSPARENT, WEIGHTED, Op, Position
 
@@ -27,18 +29,20 @@ _TRANSPARENT = frozenset(DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.QUA
 _CONCAT = frozenset(DEFAULT_PT_QUANT_TRAIT_TO_OP_DICT[QuantizationTrait.CONCAT])
 
 
-def operations(graph: Any) -> list[Op]:
+def operations(model: Any, folded: Collection[str] = (), norms: Collection[str] = ()) -> list[Op]:
     """
-    :param graph: ``model.nncf.get_original_graph()``.
+    :param model: the ``NNCFNetwork``.
+    :param folded: names of batch norms that are folded into the layer before them.
+    :param norms: names of other batch norms.
     :return: the model's operations in topological order, by NNCF's names. ``linear_output`` is true behind ReLU as
         well, which is fused into a layer: OpenVINO loses the rounding behind it before an addition, too.
     """
+    graph = model.nncf.get_original_graph()
     ops: list[Op] = []
     linear: set[str] = set()
     for node in graph.topological_sort():
-        inputs = {
-            edge.input_port_id: (edge.from_node.node_name, edge.output_port_id) for edge in graph.get_input_edges(node)
-        }
+        name, incoming, outgoing = node.node_name, graph.get_input_edges(node), graph.get_output_edges(node)
+        inputs = {edge.input_port_id: (edge.from_node.node_name, edge.output_port_id) for edge in incoming}
         kind = OTHER
         if node.node_type in WEIGHTED_FUNCTIONS:
             kind = WEIGHTED
@@ -50,9 +54,42 @@ def operations(graph: Any) -> list[Op]:
             kind = ADD
         behind_layer = node.node_type in FUSED_FUNCTIONS and all(tensor[0] in linear for tensor in inputs.values())
         if kind == WEIGHTED or behind_layer:
-            linear.add(node.node_name)
-        ops.append(Op(node.node_name, kind, inputs, node.node_name in linear))
+            linear.add(name)
+        averaged: int | None = 1 if kind == TRANSPARENT or name in folded else None
+        bounds: tuple[float, ...] = ()
+        if kind == OTHER and name not in folded and incoming and outgoing:
+            shapes = [edges[0].tensor_shape for edges in (incoming, outgoing)]
+            averaged, bounds = _averaged(node.node_type, model.nncf.get_containing_module(name), *shapes)
+        channels = outgoing[0].tensor_shape[1] if outgoing and len(outgoing[0].tensor_shape) > 1 else 0
+        ops.append(Op(name, kind, inputs, name in linear, averaged, bounds, channels, scales_channels=name in norms))
     return ops
+
+
+def _averaged(
+    function: str, module: Any, before: Sequence[int], after: Sequence[int]
+) -> tuple[int | None, tuple[float, ...]]:
+    """
+    :param module: that called the function; NNCF 2 does not know a function's arguments, a module's are its attributes.
+    :param before: shape of the input.
+    :param after: shape of the output.
+    :return: :attr:`Op.averaged` and :attr:`Op.bounds` of an operation that NNCF does not list as transparent.
+    """
+    function = function.removesuffix("_").lower()
+    if function == "relu":
+        return 1, ()
+    if function == "relu6":
+        return 1, (0.0, 6.0)
+    if function == "hardtanh" and isinstance(module, nn.Hardtanh):
+        return 1, (float(module.min_val), float(module.max_val))
+    if function == "mean" or function.startswith("adaptive_avg_pool"):
+        count, rest = divmod(math.prod(before), math.prod(after))
+        return (None if rest else count), ()
+    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
+        uneven = module.ceil_mode or getattr(module, "divisor_override", None)
+        padded = np.any(module.padding) and not module.count_include_pad
+        sizes = np.broadcast_to(module.kernel_size, len(before) - 2)
+        return (None if uneven or padded else int(sizes.prod())), ()
+    return None, ()
 
 
 def position_of(point: Any) -> Position:

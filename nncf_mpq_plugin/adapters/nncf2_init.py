@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from nncf.common.logging import nncf_logger
+from nncf.config.extractors import extract_algo_specific_config
+from nncf.config.schemata.defaults import QUANTIZATION_OVERFLOW_FIX
 from nncf.torch.initialization import (
     DefaultInitializingDataLoader,
     PTInitializingDataLoader,
@@ -30,7 +32,7 @@ from nncf_mpq_plugin.adapters.nncf2_graph import operations, position_of
 from nncf_mpq_plugin.adapters.nncf2_keys import STRICT, checked
 from nncf_mpq_plugin.adapters.nncf2_limits import int8_ratio, int8_ratio_limit, with_equal_bits, with_groups
 from nncf_mpq_plugin.adapters.nncf2_placement import LegacyModel, place
-from nncf_mpq_plugin.adapters.plan import Position, before_additions
+from nncf_mpq_plugin.adapters.plan import Position, before_additions, reads_input
 from nncf_mpq_plugin.allocation.search import Solution, prepare, solution_of, solve_prepared
 from nncf_mpq_plugin.batches import Batches
 from nncf_mpq_plugin.errors import InputError
@@ -51,10 +53,14 @@ class LearnedScale:
 
     :param bits: the bit width that was chosen.
     :param step: LSQ's step size at it.
+    :param half_range: whether only half of the integers are used, of an 8-bit weight.
+    :param constant: whether the step is not to be trained further: it is a power of two, at the network's input.
     """
 
     bits: int
     step: Tensor
+    half_range: bool
+    constant: bool
 
 
 @dataclass(frozen=True)
@@ -83,11 +89,13 @@ class LearnedImportanceParams(BasePrecisionInitParams):
     :param user_init_args: NNCF's structure with data loader and criterion.
     :param values: every key of the entry.
     :param samples: samples for range initialisation.
+    :param half_range: whether 8-bit weights use half of their range on devices without a list of bit widths, as NNCF
+        has it for CPUs (``overflow_fix``).
     """
 
-    def __init__(self, user_init_args: Any, values: Mapping[str, Any], samples: int):
+    def __init__(self, user_init_args: Any, values: Mapping[str, Any], samples: int, half_range: bool):
         super().__init__(user_init_args)
-        self.values, self.samples = values, samples
+        self.values, self.samples, self.half_range = values, samples, half_range
         self.scales: dict[str, LearnedScale] = {}
         self.outcome: Outcome | None = None
 
@@ -110,11 +118,15 @@ class LearnedImportanceParams(BasePrecisionInitParams):
             raise InputError(msg) from error
         ranges = initializer.get("range")
         samples = ranges.get("num_init_samples", DEFAULT_INIT_SAMPLES) if isinstance(ranges, dict) else None
-        return cls(arguments, values, samples or DEFAULT_INIT_SAMPLES)
+        overflow_fix = extract_algo_specific_config(config, "quantization").get(
+            "overflow_fix", QUANTIZATION_OVERFLOW_FIX
+        )
+        return cls(arguments, values, samples or DEFAULT_INIT_SAMPLES, overflow_fix == "enable")
 
     def carry_scales(self, *quantizers: Mapping[Any, Any]) -> None:
         """
-        Write the learned scales into the final quantizers, whose ranges NNCF has initialised anew by statistics.
+        Write the learned scales into the final quantizers, whose ranges NNCF has initialised anew by statistics, and
+        what else they were trained with.
 
         :param quantizers: NNCF's quantizer id -> information about the quantizer.
         """
@@ -127,9 +139,16 @@ class LearnedImportanceParams(BasePrecisionInitParams):
                 storage = native._scale_param_storage
                 if storage.numel() != learned.step.numel():
                     continue  # per-channel activations were trained with one scale; NNCF's statistics serve them better
+                if learned.half_range and not native.is_half_range:
+                    for holder, prefix in ((native, "_"), (native._qspec, "")):  # the latter goes into NNCF's state
+                        setattr(holder, f"{prefix}half_range", True)
+                        setattr(holder, f"{prefix}narrow_range", False)
+                    native.set_levels()
                 full = (learned.step * native.level_high).reshape(storage.shape).to(storage)
                 storage.data.copy_(full.log() if native.is_using_log_scale_storage else full)
                 native.initialized = True
+                if learned.constant:
+                    native.disable_gradients()
                 carried += 1
         nncf_logger.info(f"Learned scales were carried into {carried} quantizers")
 
@@ -154,6 +173,8 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
             values["fixed_bits"],
             equal=self._adjacent() if values["bitwidth_assignment_mode"] == STRICT else (),
             dropped=self._before_additions(),
+            half_range=self._params.half_range and not self._hw_precision_constraints,
+            inputs=self._of_network_input(),
         )
         if quantized.unread:
             nncf_logger.warning(f"Not searched, since their inputs are not quantized: {', '.join(quantized.unread)}")
@@ -176,7 +197,10 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
         setup = self._without(complete, quantized.dropped)
         self._params.scales = {
             str(setup.quantization_points[point].insertion_point): LearnedScale(
-                chosen[key], quantized.modules[key].scale(chosen[key]).detach().cpu().clone()
+                chosen[key],
+                quantized.modules[key].trained_step(chosen[key]),
+                quantized.modules[key].half_range and chosen[key] == HIGHEST_BITS,
+                quantized.modules[key].power_of_two,
             )
             for point, key in self._algo.setup_to_module_id_translation_dict.items()
             if key not in quantized.dropped
@@ -285,17 +309,25 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
         :return: quantizers between a weighted layer and an addition, whose rounding OpenVINO's fused kernels lose, by
             id. Where the device has lists of configs, it has kernels of its own, and none is left out.
         """
-        if self._hw_precision_constraints:
-            return ()
-        positions: dict[Position, Any] = {}
-        for number, key in self._algo.setup_to_module_id_translation_dict.items():
-            point = self._algo._quantizer_setup.quantization_points[number]
-            if not point.is_weight_quantization_point():
-                positions[position_of(point.insertion_point)] = key
+        positions = {} if self._hw_precision_constraints else self._activation_positions()
         signs = {position: self._algo.all_quantizations[key].signed for position, key in positions.items()}
-        found = before_additions(operations(self._model.nncf.get_original_graph()), signs)
+        found = before_additions(operations(self._model), signs)
         kept = {key for position, key in positions.items() if position not in found}  # one may stand in several places
         return tuple(dict.fromkeys(key for position in found if (key := positions[position]) not in kept))
+
+    def _of_network_input(self) -> set[Any]:
+        """:return: ids of the quantizers that read the network's input itself."""
+        ops = operations(self._model)
+        return {key for position, key in self._activation_positions().items() if reads_input(position, ops)}
+
+    def _activation_positions(self) -> dict[Position, Any]:
+        """:return: where activation quantizers stand -> their ids."""
+        points = self._algo._quantizer_setup.quantization_points
+        return {
+            position_of(points[number].insertion_point): key
+            for number, key in self._algo.setup_to_module_id_translation_dict.items()
+            if not points[number].is_weight_quantization_point()
+        }
 
     def _without(self, setup: Any, dropped: Sequence[Any]) -> Any:
         """:return: a copy of the setup without the points of some quantizers."""

@@ -8,7 +8,7 @@ it says which bit widths each may have, and puts a multi-bit quantizer in the pl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,11 @@ class LimitedQuantizer(MultiBitQuantizer):
         from nncf_mpq_plugin.adapters.nncf2_graph import traced
 
         return traced(x, super().forward)
+
+    def trained_step(self, bits: int) -> Tensor:
+        """:return: the step at ``bits`` that training ended with, moved to a power of two at the network's input."""
+        step = self.scale(bits).detach().cpu()
+        return torch.exp2(step.log2().round()) if self.power_of_two else step.clone()
 
     def initialize(self, x: Tensor) -> None:
         """As the parent's; scales of transposed convolutions lie along the weight's second dimension."""
@@ -143,6 +148,8 @@ def place(
     fixed_bits: Mapping[str, int],
     equal: Sequence[Sequence[Any]] = (),
     dropped: Sequence[Any] = (),
+    half_range: bool = False,
+    inputs: Collection[Any] = (),
 ) -> LegacyModel:
     """
     Read NNCF's placement.
@@ -153,6 +160,8 @@ def place(
     :param fixed_bits: as in the config.
     :param equal: groups of quantizer ids that have to get one bit width each; groups may overlap.
     :param dropped: ids of quantizers to leave out; no layer reads them.
+    :param half_range: keep 8-bit weights to half of their range.
+    :param inputs: ids of quantizers of the network's input, whose steps become powers of two.
     :return: a model whose multi-bit quantizers are not in place yet.
     :raises UnsupportedModelError: if there is nothing to search, or an activation quantizer is asymmetric.
     :raises ConfigError: if a fixed bit width is not allowed by the device.
@@ -174,7 +183,9 @@ def place(
     allowed = _allowed(natives, sites, hardware, bits, fixed_bits, joined)
     weights, read = {site.weight for site in sites}, {key for site in sites for key in site.activations}
     kept = {key: native for key, native in natives.items() if key not in dropped}
-    modules = {key: _stand_in(native, allowed[key], _is_weight(key)) for key, native in kept.items()}
+    modules = {key: _stand_in(native, allowed[key], _is_weight(key), half_range) for key, native in kept.items()}
+    for key in inputs:
+        modules[key].power_of_two = True
     group_of: dict[Any, str] = {}
     layers, equal_groups = [], {}
     for site in sites:
@@ -297,10 +308,11 @@ def _sites(algo: Any, setup: Any) -> list[_Site]:
     return sites
 
 
-def _stand_in(native: Any, bits: tuple[int, ...], is_weight: bool) -> LimitedQuantizer:
+def _stand_in(native: Any, bits: tuple[int, ...], is_weight: bool, half_range: bool) -> LimitedQuantizer:
     shape = tuple(native.scale_shape) if is_weight else (1,)
     signed = True if is_weight else bool(native.signed)
-    module = LimitedQuantizer(bits, signed=signed, scale_shape=shape, half_range=native.is_half_range, weight=is_weight)
+    half_range = native.is_half_range or (is_weight and half_range)
+    module = LimitedQuantizer(bits, signed=signed, scale_shape=shape, half_range=half_range, weight=is_weight)
     return module.to(native._scale_param_storage.device)
 
 

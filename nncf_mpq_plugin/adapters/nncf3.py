@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nncf_mpq_plugin.adapters.base import replace_hook
+from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
 from nncf_mpq_plugin.adapters.plan import (
     ADD,
     ADD_FUNCTIONS,
@@ -43,8 +44,8 @@ from nncf_mpq_plugin.adapters.plan import (
     Plan,
     Position,
     make_plan,
+    reads_input,
 )
-from nncf_mpq_plugin.adapters.ties import Steps, read_sums, tie_free
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 from nncf_mpq_plugin.files import written_atomically
 from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel, resolve_fixed
@@ -208,7 +209,7 @@ def place(
     by_position: dict[Position, MultiBitQuantizer] = {}
     for tensor in plan.stored:
         by_position[tensor.position] = MultiBitQuantizer((8,), signed=tensor.signed)
-        by_position[tensor.position].power_of_two = _reads_input(tensor.position, ops)
+        by_position[tensor.position].power_of_two = reads_input(tensor.position, ops)
         storage.insert_hook_by_name(_hook_name(tensor.position), by_position[tensor.position])
     stored = {_hook_name(tensor.position): by_position[tensor.position] for tensor in plan.stored}
     activations: dict[str, MultiBitQuantizer] = {}
@@ -222,7 +223,7 @@ def place(
         else:
             quantizer = MultiBitQuantizer(bits if reader.bits is None else (reader.bits,), signed=reader.signed)
             quantizer.behind = behind
-            quantizer.power_of_two = _reads_input(reader.positions[0], ops)
+            quantizer.power_of_two = reads_input(reader.positions[0], ops)
             for position in reader.positions:
                 storage.insert_hook_by_name(_hook_name(position), quantizer)
             activations[group] = quantizer
@@ -296,7 +297,7 @@ def freeze(quantized: NNCFQuantizedModel) -> nn.Module:
                 unit = step.flatten().double() * activations[source].double()
                 rounded = (bias / unit).round() * unit
             if norm is not None:
-                _make_identity(norm, rounded)
+                make_identity(norm, rounded)
                 if site.bias:
                     model.get_parameter(site.bias).zero_()
             elif site.bias:
@@ -321,7 +322,7 @@ def _fold(quantized: NNCFQuantizedModel, name: str) -> tuple[Tensor, Tensor, Ten
     step = step.flatten().double()
     bias = model.get_parameter(site.bias).double() if site.bias else torch.zeros_like(step)
     if site.batch_norm is not None:
-        factor, offset = _affine(model.get_submodule(site.batch_norm))
+        factor, offset = affine(model.get_submodule(site.batch_norm))
         bias, step = bias * factor + offset, step * factor
     return integers, step, bias
 
@@ -348,36 +349,19 @@ def _tie_free_steps(
         if isinstance(hook, MultiBitQuantizer) and hook.enabled and not hook.weight
     }
     names = {hook: _hook_name(position) for position, hook in reversed(positions.items())}
-    reads = read_sums(quantized.ops, {position: names[hook] for position, hook in positions.items()})
-    layers = {site.op: name for name, site in quantized.sites.items() if site.op in reads.inputs}
-    norms = {op: _affine(quantized.model.get_submodule(name)) for op, name in quantized.norms.items()}
-    norms = {op: affine for op, affine in norms.items() if op in reads.inputs}
-    movable = {op: weights[name] for op, name in layers.items()} | {op: a.abs() for op, (a, _) in norms.items()}
-    found = tie_free(
-        reads,
-        Steps(
-            {name: float(hook.effective_scale()) for hook, name in names.items()},
-            {op: step.cpu().numpy() for op, step in movable.items()},
-        ),
-        {name: hook.integer_range()[1] for hook, name in names.items()},
+    found = {
+        hook: Activation(name, float(hook.effective_scale()), hook.integer_range()[1]) for hook, name in names.items()
+    }
+    steps, activations = place_steps(
+        quantized.ops,
+        {position: found[hook] for position, hook in positions.items()},
+        {site.op: weights[name] for name, site in quantized.sites.items()},
+        {op: quantized.model.get_submodule(name) for op, name in quantized.norms.items()},
     )
-    for op, (factor, offset) in norms.items():
-        norm: Any = quantized.model.get_submodule(quantized.norms[op])
-        spacing = torch.from_numpy(found.spacings[op]).to(offset)
-        placed = torch.where(spacing > 0, (offset / spacing).round() * spacing, offset)
-        _make_identity(norm, placed)
-        norm.weight.copy_(torch.from_numpy(found.weights[op]).to(factor) * factor.sign())
-    moved = {name: torch.from_numpy(found.weights[op]).to(weights[name]) for op, name in layers.items()}
     return (
-        {name: step.float() for name, step in {**weights, **moved}.items()},
-        {hook: hook.scale().new_tensor([found.quantizers[name]]) for hook, name in names.items()},
+        {name: steps[site.op].float() for name, site in quantized.sites.items()},
+        {hook: hook.scale().new_tensor([activations[name]]) for hook, name in names.items()},
     )
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """:return: factor and offset ``[C]`` of a batch norm in evaluation mode, in float64."""
-    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return factor, norm.bias.double() - norm.running_mean.double() * factor
 
 
 def save_model(directory: str | Path, frozen: nn.Module) -> None:
@@ -673,13 +657,6 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
         quantizer.finish_observing()
 
 
-def _make_identity(norm: Any, bias: Tensor) -> None:
-    norm.running_mean.zero_()
-    norm.running_var.fill_(1.0 - norm.eps)
-    norm.weight.fill_(1.0)
-    norm.bias.copy_(bias)
-
-
 def _native(quantizer: MultiBitQuantizer, step: Tensor) -> SymmetricQuantizer:
     """:return: NNCF's quantizer with the same integers and steps. NNCF's scale is the full range: step x level_high."""
     spec = PTQuantizerSpec(
@@ -694,17 +671,6 @@ def _native(quantizer: MultiBitQuantizer, step: Tensor) -> SymmetricQuantizer:
     native = SymmetricQuantizer(spec)
     native._scale_param_storage.data.copy_(step.detach() * native.level_high)
     return native.to(step.device)
-
-
-def _reads_input(position: Position, ops: Sequence[Op]) -> bool:
-    """:return: whether a quantizer reads the network's input itself."""
-    by_name = {op.name: op for op in ops}
-    producer: str | None = position.op
-    if position.side == "pre":
-        producer = by_name[position.op].inputs.get(position.port, (None, 0))[0]
-    while producer is not None and by_name[producer].kind == TRANSPARENT and by_name[producer].inputs:
-        producer = next(iter(by_name[producer].inputs.values()))[0]
-    return producer is not None and not by_name[producer].inputs and by_name[producer].kind == OTHER
 
 
 def _hook_name(position: Position) -> str:

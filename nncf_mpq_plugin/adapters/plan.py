@@ -230,6 +230,17 @@ def input_grids(ops: Sequence[Op], quantized: Mapping[Position, bool]) -> dict[s
     return {name: positions for name, positions in grids.items() if positions}
 
 
+def reads_input(position: Position, ops: Sequence[Op]) -> bool:
+    """:return: whether a quantizer reads the network's input itself."""
+    by_name = {op.name: op for op in ops}
+    producer: str | None = position.op
+    if position.side == "pre":
+        producer = by_name[position.op].inputs.get(position.port, (None, 0))[0]
+    while producer is not None and by_name[producer].kind == TRANSPARENT and by_name[producer].inputs:
+        producer = next(iter(by_name[producer].inputs.values()))[0]
+    return producer is not None and not by_name[producer].inputs and by_name[producer].kind == OTHER
+
+
 def _grids(graph: _Graph, source: Position | None) -> tuple[Position, ...]:
     if source is None or source in graph.quantized:
         return () if source is None else (source,)

@@ -100,7 +100,7 @@ def read_sums(ops: Sequence[Op], positions: Mapping[Position, str]) -> Reads:
             before, behind = positions.get(Position("pre", op.name, port)), positions.get(Position("post", *tensor))
             sums: Sums | None = [(Term(behind),)] if behind else made.get(tensor)
             if before:
-                found.setdefault(before, sums)
+                _read(found, before, sums)
                 sums = [(Term(before),)]
             quantizer = before or behind
             arrived.append(sums)
@@ -118,8 +118,19 @@ def read_sums(ops: Sequence[Op], positions: Mapping[Position, str]) -> Reads:
             if op.kind == CONCAT or (op.averaged == 1 and len(layout) == op.channels):
                 layouts[op.name, port] = layout
             if (behind := positions.get(Position("post", op.name, port))) is not None:
-                found.setdefault(behind, result)
+                _read(found, behind, result)
     return Reads(found, inputs)
+
+
+def _read(found: dict[str, Sums | None], quantizer: str, sums: Sums | None) -> None:
+    """Add what a quantizer reads. One that reads something else in a later place is ordered by that."""
+    if quantizer in found:
+        before = found[quantizer]
+        sums = None if before is None or sums is None else list(dict.fromkeys([*before, *sums]))
+        if sums == before:
+            return
+        del found[quantizer]
+    found[quantizer] = sums
 
 
 def _made(op: Op, arrived: Sequence[Sums | None]) -> Sums | None:

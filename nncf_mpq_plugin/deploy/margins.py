@@ -17,6 +17,7 @@ integer kernels have no such sum.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -257,13 +258,16 @@ def _fit(alternatives: Sequence[Sequence[_Values]]) -> bool:
 
 
 def _sum(one: _Values, other: _Values) -> _Values:
-    # summands may be large and cancel: each is at most the smaller one's reach beyond the sum
+    # summands may be large and cancel: beyond the sum, one reaches no further than either does, nor than the other
+    # does in the opposite direction
     reaches = [np.maximum(np.abs(values.low), np.abs(values.high)) for values in (one, other)]
+    reaches.append(np.maximum(0.0, np.maximum(-one.low, -other.low)))
+    reaches.append(np.maximum(0.0, np.maximum(one.high, other.high)))
     return _Values(
         (*one.units, *other.units),
         one.low + other.low,
         one.high + other.high,
-        one.bias + other.bias + np.minimum(*reaches),
+        one.bias + other.bias + functools.reduce(np.minimum, reaches),
         max(one.products, other.products),
     )
 

@@ -111,6 +111,7 @@ class _Rewriter:
             if is_marker(node):
                 attributes = {a.name: a.i for a in node.attribute}
                 low, high, step = attributes["low"], attributes["high"], self.constants[node.input[1]]
+                _check_numbers(node.input[0], step, self.constants.get(node.input[0], np.zeros(1)))
                 if node.input[0] in self.constants:
                     replacement, transposed = self.weight(node, low, high, step)
                     skipped.update(id(item) for item in transposed)
@@ -233,11 +234,13 @@ class _Rewriter:
                 step = np.float32(self.scales[node.input[0]])
                 unit = (self.weight_scales[node.input[1]] * step).astype(np.float32)
                 bias = self.constants[node.input[2]]
-                integers = np.rint(bias.astype(np.float64) / unit)
-                if np.abs(integers).max() > _INT32:
+                with np.errstate(all="ignore"):
+                    integers = np.rint(bias.astype(np.float64) / unit)
+                if not (np.abs(integers) <= _INT32).all():  # so NaN is refused, too
                     msg = (
-                        f"Layer {node.name!r}: a bias is over 2^31 accumulator units. Its scales have collapsed; "
-                        "train with a lower learning rate or keep the layer at 8 bits."
+                        f"Layer {node.name!r}: a bias is no number or over 2^31 accumulator units. Its scales have "
+                        "collapsed or training has diverged; train with a lower learning rate, or keep the layer at 8 "
+                        "bits."
                     )
                     raise UnsupportedModelError(msg)
                 name = f"{node.output[0]}.bias"
@@ -262,6 +265,17 @@ class _Rewriter:
                 del self.constants[name]
             result.append(node)
         self.nodes = result
+
+
+def _check_numbers(tensor: str, step: np.ndarray, values: np.ndarray) -> None:
+    """:raises UnsupportedModelError: for steps or weights that are no numbers."""
+    if not (np.isfinite(step).all() and (step > 0).all() and np.isfinite(values).all()):
+        what = "a weight" if np.isfinite(step).all() and (step > 0).all() else "its quantizer's scale"
+        msg = (
+            f"{tensor!r}: {what} is zero, infinite or no number. Training has diverged; train with a lower learning "
+            "rate (fine_tuning.learning_rate, scale_learning_rate)."
+        )
+        raise UnsupportedModelError(msg)
 
 
 def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:

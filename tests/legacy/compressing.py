@@ -36,6 +36,29 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Depthwise(nn.Module):
+    """An inverted residual block with ReLU6, average pooling, and a batch norm that no layer takes in."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.expand = nn.Conv2d(width, 2 * width, 1, bias=False)
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width, bias=False)
+        self.project = nn.Conv2d(2 * width, width, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in (width, 2 * width, 2 * width, width, width))
+        self.relu6, self.pool = nn.ReLU6(inplace=True), nn.AvgPool2d(2)
+        self.after = nn.Conv2d(width, width, 3)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu6(self.norms[0](self.stem(x)))
+        y = self.relu6(self.norms[1](self.expand(x)))
+        y = self.relu6(self.norms[2](self.depthwise(y)))
+        x = self.pool(x + self.norms[3](self.project(y)))
+        x = self.after(self.norms[4](x).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
 class Transposed(nn.Module):
     """A transposed convolution between two convolutions."""
 
