@@ -90,15 +90,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console(width=140)
+    budgets = [f"{level:g} bits" for level in options.bits]
     if not options.table:
-        wanted = options.networks, options.seeds, options.bits, options.methods, options.runs
+        wanted = options.networks, options.seeds, budgets, options.methods, options.runs
         for line in measurements(*wanted, policy_of, options.output):
             console.print(line, highlight=False)
     for network in options.networks:
-        for level in options.bits:
-            results = results_of(network, level, options.output)
+        for budget in budgets:
+            results = results_of(network, budget, options.output, options.methods)
             if results:
-                console.print(table_of(network, level, results), *remarks(results), sep="\n", highlight=False)
+                console.print(table_of(network, budget, results), *remarks(results), sep="\n", highlight=False)
 
 
 if __name__ == "__main__":

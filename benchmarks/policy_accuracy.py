@@ -33,7 +33,7 @@ from nncf_mpq_plugin.networks import digits_mobilenet, digits_resnet
 from nncf_mpq_plugin.placement import QuantizedModel
 from nncf_mpq_plugin.refine import JointLoss
 from nncf_mpq_plugin.training import set_weights, weights_of
-from nncf_mpq_plugin.types import AverageBits, Budget, ImportanceTable, Policy
+from nncf_mpq_plugin.types import AverageBits, Budget, ImportanceTable, Policy, write_json
 
 BITS = (2, 3, 4, 5, 6)
 SAMPLES = 256  # that importance is measured on
@@ -144,10 +144,24 @@ def accuracy(model: torch.nn.Module, data: cluttered_digits.Digits, part: str) -
     return statistics.mean(right_answers(model, data, part)) / cluttered_digits.RENDERINGS[part]
 
 
+def budget_of(name: str, net: Trained) -> Budget:
+    """:param name: "2.5 bits": the BitOps of uniform 2.5 bits; "size of 3 bits": the bytes of uniform 3-bit weights."""
+    level = float(name.split()[-2])
+    if not name.startswith("size of "):
+        return Budget(average_bits=AverageBits(level, level))
+    weights = sum(layer.cost.weights * (layer.fixed.weight if layer.fixed else level) for layer in net.quantized.layers)
+    return Budget(model_size_bytes=weights / 8)
+
+
+def described(budget: str) -> str:
+    """:return: a budget's name for people."""
+    return f"{budget}, weights alone" if budget.startswith("size of ") else f"BitOps of uniform {budget}"
+
+
 def measurements(
     names: Sequence[str],
     seeds: Sequence[int],
-    levels: Sequence[float],
+    budgets: Sequence[str],
     methods: Sequence[str],
     runs: int,
     policy_of: PolicyOf,
@@ -156,26 +170,27 @@ def measurements(
     """
     Measure what ``output`` lacks, seeds innermost: whenever it is stopped, methods are balanced over seeds.
 
+    :param budgets: see :func:`budget_of`.
     :param runs: how often each policy is fine-tuned, with data in different orders.
     :return: one line for each measurement.
     """
     data = cluttered_digits.load()
     nets = {(name, seed): trained(name, seed, data, output) for name in names for seed in seeds}
     for run in range(runs):
-        for level in levels:
+        for budget in budgets:
             for method in methods:
                 for (name, seed), net in nets.items():
-                    path = net.folder / f"{level:g} bits, run {run}, {method}.json"
+                    path = net.folder / f"{budget}, run {run}, {method}.json"
                     if path.exists():
                         continue
-                    result = measure(net, method, level, run, policy_of)
-                    path.write_text(json.dumps(result, indent=1))
-                    yield f"{name}, seed {seed}, {level:g} bits, run {run}, {method}: test {result['test']:.4f}"
+                    result = measure(net, method, budget, run, policy_of)
+                    write_json(path, result)
+                    yield f"{name}, seed {seed}, {budget}, run {run}, {method}: test {result['test']:.4f}"
 
 
-def measure(net: Trained, method: str, level: float, run: int, policy_of: PolicyOf) -> dict[str, Any]:
+def measure(net: Trained, method: str, budget: str, run: int, policy_of: PolicyOf) -> dict[str, Any]:
     """Choose a policy, fine-tune it and evaluate it; a policy that another method chose is not fine-tuned again."""
-    policy, search_seconds = policy_of(method, net, Budget(average_bits=AverageBits(level, level)))
+    policy, search_seconds = policy_of(method, net, budget_of(budget, net))
     chosen = {"search_seconds": search_seconds, "seconds": net.seconds, "policy": policy.to_json()}
     for path in net.folder.glob(f"* bits, run {run}, *.json"):
         other = json.loads(path.read_text())
@@ -201,19 +216,20 @@ def measure(net: Trained, method: str, level: float, run: int, policy_of: Policy
 Results = dict[str, dict[int, list[dict[str, Any]]]]
 
 
-def results_of(name: str, level: float, output: Path) -> Results:
+def results_of(name: str, budget: str, output: Path, methods: Sequence[str]) -> Results:
     """:return: method -> seed -> one result for each run."""
     results: Results = {}
-    for path in sorted(output.glob(f"{name}-*/{level:g} bits, run *.json")):
+    for path in sorted(output.glob(f"{name}-*/{budget}, run *.json")):
         seed, method = int(path.parent.name.rsplit("-", 1)[1]), path.stem.split(", ", 2)[2]
-        results.setdefault(method, {}).setdefault(seed, []).append(json.loads(path.read_text()))
+        if method in methods:
+            results.setdefault(method, {}).setdefault(seed, []).append(json.loads(path.read_text()))
     return results
 
 
-def table_of(name: str, level: float, results: Results) -> Table:
+def table_of(name: str, budget: str, results: Results) -> Table:
     """:return: one row a method: accuracy for each seed (mean over runs), mean over seeds, loss and seconds."""
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
-    table = Table(title=f"{name}, BitOps of uniform {level:g} bits", title_justify="left")
+    table = Table(title=f"{name}, {described(budget)}", title_justify="left")
     table.add_column("method")
     for heading in (*(f"seed {seed}" for seed in seeds), "mean", "runs", "joint loss", "search s", "fine-tuning s"):
         table.add_column(heading, justify="right")

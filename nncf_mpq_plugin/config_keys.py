@@ -152,7 +152,7 @@ _PRECISION = _section(
     ),
     alpha=Key(
         "number",
-        "Weight importance counts alpha times in the objective; null is 2 for `scale` (as published) and 0.5 "
+        "Weight importance counts alpha times in the objective; null is 2 for `scale` (as published) and 0.25 "
         "for importances in units of loss.",
         default=None,
         nullable=True,

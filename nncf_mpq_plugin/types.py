@@ -241,10 +241,10 @@ class ImportanceTable:
     @property
     def default_alpha(self) -> float:
         """
-        How much weight importance counts: 2 for learned scales (published), 0.5 for units of loss, since fine-tuning
+        How much weight importance counts: 2 for learned scales (published), 0.25 for units of loss, since fine-tuning
         makes up for part of what rounded weights lose, and for less of what rounded activations lose.
         """
-        return 2.0 if self.unit == "scale" else 0.5
+        return 2.0 if self.unit == "scale" else 0.25
 
     def to_json(self) -> dict[str, Any]:
         """:return: a JSON-serialisable object; ``from_json`` gives back an equal table."""
