@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random as random_module
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from nncf_mpq_plugin.allocation.search import objective_of, search
+from nncf_mpq_plugin.allocation.search import objective_of, prepare, search, solution_of
 from nncf_mpq_plugin.costs import LatencyTable, Limit, limits_of
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
 from nncf_mpq_plugin.types import Budget, ImportanceTable, LayerBits, Policy
@@ -59,13 +60,19 @@ def policy_by_name(
         "shuffled": lambda: shuffled_importance(table, seed),
         "inverse_size": lambda: inverse_size_importance(table),
     }
+    begin = time.perf_counter()
     if name in blind:
-        policy = blind[name]()
+        bits = blind[name]().layers
+        kept = prepare(table, budget, alpha=alpha, out_of_order="keep", latency=latency)
+        policy = solution_of(kept, bits, begin).policy
     else:
         policy = search(searched[name](), budget, alpha=alpha, out_of_order=out_of_order, latency=latency).policy
     label = f"{name}({seed})" if name in ("random", "shuffled") else name
     objective = objective_of(table, policy.layers, table.default_alpha if alpha is None else alpha)
-    return replace(policy, summary={**policy.summary, "method": label, "objective": objective})
+    summary = {**policy.summary, "method": label, "objective": objective}
+    if name != "learned":
+        summary["corrections"] = []  # they would name layers by the importances of others
+    return replace(policy, summary=summary)
 
 
 def uniform(table: ImportanceTable, budget: Budget, latency: LatencyTable | None = None) -> Policy:
@@ -81,6 +88,7 @@ def uniform(table: ImportanceTable, budget: Budget, latency: LatencyTable | None
         bits = {layer.cost.name: LayerBits(w, a) for layer in table.layers}
         if fits(table, limits, bits):
             return _policy(table, bits, "uniform")
+    search(table, budget, out_of_order="keep", latency=latency)  # where no policy does, it names the nearest
     msg = "No uniform policy meets the budget; only mixed ones can."
     raise InfeasibleBudgetError(msg, limits[0].name, limits[0].requested)
 
@@ -107,7 +115,8 @@ def random(table: ImportanceTable, budget: Budget, seed: int = 0, latency: Laten
         }
 
     if not fits(table, limits, bits()):
-        msg = "No policy meets the budget: the lowest bits everywhere exceed it."
+        search(table, budget, out_of_order="keep", latency=latency)  # where no policy does, it names the nearest
+        msg = "The lowest bits everywhere exceed the budget, so that no random policy can begin."
         raise InfeasibleBudgetError(msg, limits[0].name, limits[0].requested)
     tensors = [(weight, name) for name in weight] + [(activation, group) for group in activation]
     while tensors:

@@ -119,17 +119,18 @@ def on_main(function: Callable[[], Any]) -> Any:
     if is_main():
         try:
             value = function()
+            told = json.dumps({"value": value})
         except BaseException as error:
             store.set(key, json.dumps({"error": type(error).__name__}))
             raise
-        store.set(key, json.dumps({"value": value}))
+        store.set(key, told)
         return value
     store.wait([key], STAGE_TIMEOUT)
-    told = json.loads(store.get(key))
-    if "error" in told:
-        msg = f"The first process ended with {told['error']}."
+    answer = json.loads(store.get(key))
+    if "error" in answer:
+        msg = f"The first process ended with {answer['error']}."
         raise PeerError(msg)
-    return told["value"]
+    return answer["value"]
 
 
 def share(items: Any) -> Any:

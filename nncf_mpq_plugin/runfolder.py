@@ -44,7 +44,7 @@ class RunFolder:
         """
         Make the folder, or take up the one that is there. A run that left nothing yet may go on with another config.
 
-        :param restart: remove what an earlier run left there first.
+        :param restart: remove what an earlier run left there first, but for a latency table that the config names.
         :raises InputError: if it belongs to a run with another config (the message shows the difference), holds
             something else, or cannot be written.
         """
@@ -54,20 +54,13 @@ class RunFolder:
             if not saved.exists() and path.exists() and any(not file.name.startswith(".") for file in path.iterdir()):
                 msg = f"{path} is not empty and holds no run (no config.json). Choose another --output."
                 raise InputError(msg)
-            if restart and saved.exists():
-                for name in (*RESULTS, *RECORDS):
-                    _remove(path / name)
-            refuse_links_outside(path)
-            begun = next((file for file in (path / BEGUN_WITH, saved) if file.exists()), None)
-            changes = differences(Config.load(begun).to_json(), config.to_json()) if begun else []
-            if changes and _left_anything(path):
-                lines = "\n".join(f"  {change}" for change in changes)
-                msg = (
-                    f"{path} holds a run with another config:\n{lines}\n"
-                    "Choose another --output, or begin anew with --restart (which removes that run). If you edited its "
-                    f"config.json: what is there was made with the config before; {BEGUN_WITH} still has that."
-                )
-                raise InputError(msg)
+            named = config.latency_table and Path(config.latency_table).resolve()
+            removed = [name for name in (*RESULTS, *RECORDS) if (path / name).resolve() != named]
+            removed = removed if restart and saved.exists() else []
+            refuse_links_outside(path, but=removed)
+            for name in removed:
+                _remove(path / name)
+            cls(path, config).refuse_another_config()
             remove_unfinished(path)
             for file in (saved, path / BEGUN_WITH):
                 if not file.exists() or read_json(file) != config.to_json():
@@ -91,6 +84,19 @@ class RunFolder:
             raise InputError(msg)
         refuse_links_outside(Path(path))
         return cls(Path(path), Config.load(saved))
+
+    def refuse_another_config(self) -> None:
+        """:raises InputError: if what is there was made with another config than this one, as after an edit."""
+        begun = next((file for name in (BEGUN_WITH, "config.json") if (file := self.file(name)).exists()), None)
+        changes = differences(Config.load(begun).to_json(), self.config.to_json()) if begun else []
+        if changes and _left_anything(self.path):
+            lines = "\n".join(f"  {change}" for change in changes)
+            msg = (
+                f"{self.path} holds a run with another config:\n{lines}\n"
+                "Choose another --output, or begin anew with --restart (which removes that run). If you edited its "
+                f"config.json: what is there was made with the config before; {BEGUN_WITH} still has that."
+            )
+            raise InputError(msg)
 
     def file(self, name: str) -> Path:
         """:return: the path of a file of the run."""
@@ -152,20 +158,23 @@ class RunFolder:
 
 RESULTS = (
     *("float", "joint", "importance.json", "policy.json", "uniform_policy.json", "uniform", "int8", "model"),
-    *("deploy", "verify.json", "benchmark.json", "report.html", "summary.json"),
+    *("deploy", "verify.json", "benchmark.json", "latency.json", "report.html", "summary.json"),
 )
 RECORDS = ("log.txt", "state", "versions.json", "config.json")
 BEGUN_WITH = "state/config.json"  # a copy of config.json, which people may edit
 
 
-def refuse_links_outside(path: Path) -> None:
+def refuse_links_outside(path: Path, but: Sequence[str] = ()) -> None:
     """
     A run's folder may come from a stranger: what is written into it must stay in it.
 
+    :param but: names in it that are not looked at.
     :raises InputError: if a link in it leads elsewhere.
     """
     inside = os.path.realpath(path)
     for entry in path.rglob("*"):
+        if entry.relative_to(path).parts[0] in but:
+            continue
         if entry.is_symlink() and not Path(target := os.path.realpath(entry)).is_relative_to(inside):
             msg = (
                 f"{entry} is a link to {target}, outside the run's folder: results would be written there. "
@@ -188,8 +197,13 @@ def taken(path: str | Path, config: Config, *, restart: bool = False) -> Iterato
     """
     from nncf_mpq_plugin import distributed
 
-    with locked(path) if distributed.is_main() else contextlib.nullcontext():
-        distributed.on_main(lambda: RunFolder.create(path, config, restart=restart) and None)
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(locked(path))
+            RunFolder.create(path, config, restart=restart)
+
+        distributed.on_main(begin)
         yield RunFolder(Path(path), config)
 
 

@@ -116,6 +116,7 @@ def request_of(options: argparse.Namespace) -> Request:
         from nncf_mpq_plugin.runfolder import RunFolder
 
         folder = RunFolder.open(path)
+        folder.refuse_another_config()
         path, config = folder.file("importance.json"), folder.config
         alpha, rule, budget = config.alpha, config.out_of_order, config.budget
         latency_path = latency_path or config.latency_table

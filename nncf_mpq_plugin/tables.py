@@ -201,14 +201,18 @@ def binding_table(report: Mapping[str, Any]) -> Table:
     """
     objective = report["solution"]["objective"]
     table = Table(title=f"Budgets, objective {objective:.6f}", title_justify="left")
-    table.add_column("budget", no_wrap=True)
-    for heading in ("asked", "reached", "unused", "binds", "objective\nwithout it"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for row in report["budgets"]:
-        binds = "yes" if row["binding"] else "no"
-        without = f"{row['objective_without']:.6f}"
-        table.add_row(row["name"], row["asked"], row["reached"], f"{row['unused']:.3%}", binds, without)
-    return table
+    rows = [
+        (
+            row["name"],
+            row["asked"],
+            row["reached"],
+            f"{row['unused']:.3%}",
+            "yes" if row["binding"] else "no",
+            f"{row['objective_without']:.6f}",
+        )
+        for row in report["budgets"]
+    ]
+    return _filled(table, ("budget", "asked", "reached", "unused", "binds", "objective\nwithout it"), rows)
 
 
 def steps_table(report: Mapping[str, Any]) -> Table:
@@ -217,18 +221,32 @@ def steps_table(report: Mapping[str, Any]) -> Table:
     :return: one row a single step up or down, with what it would change.
     """
     table = Table(title="Next bit of each tensor, all others as they are", title_justify="left")
-    table.add_column("tensor", no_wrap=True)
     names = [row["name"] for row in report["budgets"]]
-    for heading in ("bits", "objective", *(name.replace("_", "\n", 1) for name in names), "fits"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for step in report["steps"]:
-        table.add_row(
+    rows = [
+        (
             f"{', '.join(step['layers'])}: {step['tensor']}",
             f"{step['bits']} -> {step['to']}",
             f"{step['objective_change']:+.6f}",
             *(f"{step['budget_changes'][name]:+.4g}" for name in names),
             "yes" if step["fits"] else "no",
         )
+        for step in report["steps"]
+    ]
+    return _filled(
+        table, ("tensor", "bits", "objective", *(name.replace("_", "\n", 1) for name in names), "fits"), rows
+    )
+
+
+def _filled(table: Table, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Add columns and rows, of which the first column alone is broken where the terminal is narrow."""
+    for index, heading in enumerate(headings):
+        if index == 0:
+            table.add_column(heading, overflow="fold")
+        else:
+            width = max(len(text) for text in (*heading.split("\n"), *(row[index] for row in rows)))
+            table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

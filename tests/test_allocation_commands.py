@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from nncf_mpq_plugin.allocation import BitsConstraint, explain, objective_of, pareto, search, what_if
 from nncf_mpq_plugin.cli import main
 from nncf_mpq_plugin.comparison import METHODS, policy_by_name
 from nncf_mpq_plugin.costs import LatencyTable, limits_of
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
+from nncf_mpq_plugin.tables import binding_table, steps_table
 from nncf_mpq_plugin.types import AverageBits, Budget, ImportanceTable, Policy
 
 BITS = (2, 3, 4)
@@ -173,7 +176,32 @@ def test_comparison_policies_by_name_keep_the_budget(
     assert Policy.from_json(report).layers == bits
     if method != "learned":
         assert report["method"].startswith(method)
+        assert report["corrections"] == []
+    assert {"status", "bitops", "weight_bits", "compression_ratio", "seconds"} <= report.keys()
+    assert report["budgets"]["compression_ratio"]["achieved"] == report["compression_ratio"] >= 9.5
     assert report["objective"] == pytest.approx(objective_of(TABLE, bits, TABLE.default_alpha))
+
+
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_a_budget_that_nothing_meets_names_the_nearest_for_any_method(method: str) -> None:
+    with pytest.raises(InfeasibleBudgetError, match=r"the nearest that exists is 15\.111x") as error:
+        policy_by_name(method, TABLE, Budget(compression_ratio=20))
+    assert error.value.achievable is not None
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_numbers_of_an_explanation_are_not_broken(width: int) -> None:
+    report = explain(TABLE, BUDGET).to_json()
+    for row in report["steps"]:
+        row["layers"] = ["features.denseblock1.denselayer1.conv1", *row["layers"]]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(steps_table(report))
+    console.print(binding_table(report))
+    words = console.export_text().split()
+    for step in report["steps"]:
+        assert f"{step['objective_change']:+.6f}" in words
+        assert all(f"{change:+.4g}" in words for change in step["budget_changes"].values())
+    assert all(f"{budget['objective_without']:.6f}" in words for budget in report["budgets"])
 
 
 def test_seeds_differ() -> None:

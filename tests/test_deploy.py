@@ -203,7 +203,9 @@ def test_disagreement_is_found_and_its_layer_named(exported, tmp_path, index):
         assert layer in runtime.divergence.layers
         assert runtime.divergence.share > 0.001 > runtime.divergence.own_share
         assert runtime.divergence.expected != runtime.divergence.got
-    with pytest.raises(VerificationError, match=rf"ONNX Runtime.*first diverges in layer [^(]*{layer}"):
+    with pytest.raises(
+        VerificationError, match=rf"ONNX Runtime.*first diverges in layer [^(]*{layer}.*nncf-mpq export"
+    ):
         report.check()
 
 
@@ -239,6 +241,19 @@ def test_a_file_of_another_kind_is_an_input_error(exported, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"")
     with pytest.raises(InputError, match=r"ends in \.xml"):
         deploy.verify(exported[1], tmp_path / "model.pt", batches())
+
+
+@pytest.mark.parametrize("length", [None, 0, -5])
+def test_weights_that_are_missing_or_cut_off_are_named(exported, tmp_path, length):
+    for name in ("model.xml", "model.bin"):
+        (tmp_path / name).write_bytes((exported[2] / name).read_bytes())
+    whole = (tmp_path / "model.bin").read_bytes()
+    (tmp_path / "model.bin").unlink()
+    if length is not None:
+        (tmp_path / "model.bin").write_bytes(whole[:length])
+    message = "no such file" if length is None else f"has {len(whole[:length])} bytes of the {len(whole)}"
+    with pytest.raises(InputError, match=rf"model\.bin: {message}"):
+        deploy.verify(exported[1], tmp_path / "model.xml", batches())
 
 
 def test_missing_file_is_an_input_error(exported, tmp_path):

@@ -20,9 +20,11 @@ from distributed_worker import SCENARIOS
 from runs import tiny, write_tiny
 from torch import Tensor
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.checkpoint import load_state
 from nncf_mpq_plugin.cli import main
 from nncf_mpq_plugin.pipeline import STAGES
+from nncf_mpq_plugin.runfolder import locked
 from nncf_mpq_plugin.types import read_json
 
 HERE = Path(__file__).parent
@@ -162,6 +164,29 @@ def test_ctrl_c_stops_all_processes_and_saves(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert f"torchrun --nproc_per_node=2 -m nncf_mpq_plugin run {folder}" in " ".join(error.split())
     assert load_state(folder / "state" / "float" / "state.safetensors")[1]["step"] > before
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_process_works_in_is_refused_in_all_processes(tmp_path: Path) -> None:
+    config, folder = write_tiny(tmp_path), tmp_path / "run"
+    with locked(folder):
+        process = run(config, folder)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    error = " ".join(error.split())
+    assert "another process is working on this run" in error
+    assert "process 1: error: The first process ended with InputError" in error
+
+
+def test_what_cannot_be_told_to_the_others_is_an_error_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed._messages, "store", store)
+    monkeypatch.setattr(distributed._messages, "count", 0)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    with pytest.raises(TypeError):
+        distributed.on_main(object)
+    assert json.loads(store.get("on_main/1")) == {"error": "TypeError"}
 
 
 QUANTIZE = """

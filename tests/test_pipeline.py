@@ -210,9 +210,14 @@ def test_an_edited_config_of_a_run_is_noticed(run_copy: Path, capsys: pytest.Cap
     value = read_json(run_copy / "config.json")
     value["fine_tuning"]["epochs"] = 7
     (run_copy / "config.json").write_text(json.dumps(value))
-    assert main(["run", str(run_copy)]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert "fine_tuning.epochs: 1 -> 7" in error
+    for words in (
+        ["explain", str(run_copy)],
+        ["search", str(run_copy), "--bitops-ratio", "0.5"],
+        ["run", str(run_copy)],
+    ):
+        assert main(words) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert "fine_tuning.epochs: 1 -> 7" in error
     assert "If you edited its config.json" in error
     assert "--restart" in error
     assert digests(run_copy) == before
@@ -233,6 +238,7 @@ def test_a_damaged_exported_file_is_made_again(run_copy: Path) -> None:
 
 def test_restart_begins_anew_and_leaves_foreign_files(run_copy: Path) -> None:
     (run_copy / "notes.txt").write_text("mine")
+    (run_copy / "latency.json").write_text("{}")
     config = Config.from_json(tiny(fine_tuning={"epochs": 7}))
     RunFolder.create(run_copy, config, restart=True)
     assert sorted(path.name for path in run_copy.iterdir() if not path.name.startswith(".")) == [

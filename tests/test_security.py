@@ -144,6 +144,27 @@ def test_restart_removes_links_and_not_what_they_lead_to(tmp_path: Path) -> None
     assert (outside / "mine.txt").read_text() == "mine"
 
 
+def test_restart_keeps_the_latency_table_that_the_new_config_names(tmp_path: Path) -> None:
+    run, value = tmp_path / "run", tiny()
+    RunFolder.create(run, Config.from_json(value))
+    (run / "latency.json").write_text("{}")
+    value["compression"]["initializer"]["precision"]["search"] = {"latency_table": str(run / "latency.json")}
+    RunFolder.create(run, Config.from_json(value), restart=True)
+    assert (run / "latency.json").exists()
+    RunFolder.create(run, Config.from_json(tiny()), restart=True)
+    assert not (run / "latency.json").exists()
+
+
+def test_restart_removes_nothing_from_a_run_that_it_refuses(tmp_path: Path) -> None:
+    config, run = Config.from_json(tiny()), tmp_path / "run"
+    RunFolder.create(run, config)
+    (run / "policy.json").write_text("{}")
+    (run / "mine").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="is a link to"):
+        RunFolder.create(run, config, restart=True)
+    assert (run / "policy.json").exists()
+
+
 def test_a_file_is_written_in_place_of_a_link_not_through_it(tmp_path: Path) -> None:
     from nncf_mpq_plugin.files import written_atomically
 

@@ -307,9 +307,9 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
     def _before_additions(self) -> tuple[Any, ...]:
         """
         :return: quantizers between a weighted layer and an addition, whose rounding OpenVINO's fused kernels lose, by
-            id. Where the device has lists of configs, it has kernels of its own, and none is left out.
+            id.
         """
-        positions = {} if self._hw_precision_constraints else self._activation_positions()
+        positions = self._activations_for_openvino()
         signs = {position: self._algo.all_quantizations[key].signed for position, key in positions.items()}
         found = before_additions(operations(self._model), signs)
         kept = {key for position, key in positions.items() if position not in found}  # one may stand in several places
@@ -318,10 +318,15 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
     def _of_network_input(self) -> set[Any]:
         """:return: ids of the quantizers that read the network's input itself."""
         ops = operations(self._model)
-        return {key for position, key in self._activation_positions().items() if reads_input(position, ops)}
+        return {key for position, key in self._activations_for_openvino().items() if reads_input(position, ops)}
 
-    def _activation_positions(self) -> dict[Position, Any]:
-        """:return: where activation quantizers stand -> their ids."""
+    def _activations_for_openvino(self) -> dict[Position, Any]:
+        """
+        :return: where activation quantizers stand -> their ids. Where the device has lists of configs, it has kernels
+            of its own, and nothing is changed for OpenVINO's: there are none.
+        """
+        if self._hw_precision_constraints:
+            return {}
         points = self._algo._quantizer_setup.quantization_points
         return {
             position_of(points[number].insertion_point): key

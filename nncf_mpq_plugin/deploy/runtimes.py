@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nncf_mpq_plugin.errors import InputError
 OUTPUT = "output"
 """Name of the result in what the functions return."""
 BATCH = 32
+_CONSTANT = re.compile(r'offset="(\d{1,18})" size="(\d{1,18})"')
 
 
 def run_openvino(
@@ -31,6 +33,7 @@ def run_openvino(
     :raises InputError: if the file is missing, or cannot be read or compiled.
     """
     _check(path)
+    _check_weights(Path(path))
     core = ov.Core()
     try:
         model = core.read_model(str(path))
@@ -73,6 +76,21 @@ def run_onnxruntime(path: str | Path, inputs: np.ndarray, taps: Sequence[str] = 
 
 def _batches(inputs: np.ndarray) -> list[np.ndarray]:
     return np.split(inputs, range(BATCH, len(inputs), BATCH))
+
+
+def _check_weights(path: Path) -> None:
+    """:raises InputError: if the ``.bin`` beside an ``.xml`` is missing or too short; OpenVINO names the ``.xml``."""
+    if path.suffix != ".xml":
+        return
+    weights = path.with_suffix(".bin")
+    _check(weights)
+    ends = (
+        int(start) + int(size) for start, size in _CONSTANT.findall(path.read_text(encoding="utf-8", errors="replace"))
+    )
+    needed, found = max(ends, default=0), weights.stat().st_size
+    if found < needed:
+        msg = f"{weights}: has {found} bytes of the {needed} that {path.name} refers to. Export the model again."
+        raise InputError(msg)
 
 
 def _check(path: str | Path) -> None:

@@ -104,7 +104,7 @@ class VerifyReport:
             msg = (
                 f"The exported model does not agree with the trained one on {self.samples} samples. "
                 f"{' | '.join(broken)}. "
-                "Do not deploy it. Check that the export is of this model, and report the model if it is."
+                "Do not deploy it. Write it again with nncf-mpq export; if that does not help, report the model."
             )
             raise VerificationError(msg, self.to_json())
 
