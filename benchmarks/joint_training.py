@@ -3,6 +3,7 @@ What does joint training cost? A joint step at five bit widths (six passes) besi
 
     python benchmarks/joint_training.py                            # resnet18 and mobilenet_v2, 64x64, batch 32
     python benchmarks/joint_training.py --network resnet18 --rounds 1 --batch 4
+    python benchmarks/joint_training.py --threads 1 --cpu-seconds  # on a machine that does other work as well
 
 In one process, in turns, median over the rounds. The joint step is that of train_jointly, safeguards included; "tensor
 operations" is the same without a compiler; "chain" is the same schedule on a quantizer written as the usual chain of
@@ -41,6 +42,7 @@ PASSES = len(BITS) + 1
 CLASSES, SIZE = 1000, 64
 STEPS = 3  # of which the first is not timed
 Batch = tuple[Tensor, Tensor]
+Clock = Callable[[], float]
 
 
 def chain(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
@@ -50,26 +52,26 @@ def chain(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0) ->
     return ((v.round() - v).detach() + v) * scale
 
 
-def fp32_steps(model: nn.Module, batches: list[Batch], count: int) -> list[float]:
+def fp32_steps(model: nn.Module, batches: list[Batch], count: int, clock: Clock = time.perf_counter) -> list[float]:
     """:return: seconds of each of ``count`` plain training steps."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, foreach=True)
     seconds = []
     for index in range(count):
-        begin = time.perf_counter()
+        begin = clock()
         inputs, target = batches[index % len(batches)]
         optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(model(inputs), target, label_smoothing=0.1).backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
     return seconds
 
 
-def joint_steps(quantized: QuantizedModel, batches: list[Batch]) -> list[float]:
+def joint_steps(quantized: QuantizedModel, batches: list[Batch], clock: Clock = time.perf_counter) -> list[float]:
     """:return: seconds of each joint step but the first."""
     times: list[float] = []
     config = JointConfig(epochs=1, data_fraction=1.0, learning_rate=1e-3)
-    train_jointly(quantized, batches, config, progress=lambda *_: times.append(time.perf_counter()))
+    train_jointly(quantized, batches, config, progress=lambda *_: times.append(clock()))
     return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
@@ -98,7 +100,7 @@ def peak_bytes(model: nn.Module, step: Callable[[], object]) -> int:
     return own + max(allocated)
 
 
-def measure(name: str, batch: int, rounds: int, out: Console) -> None:
+def measure(name: str, batch: int, rounds: int, clock: Clock, out: Console) -> None:
     """Measure one network and print its table."""
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=CLASSES)
@@ -116,10 +118,10 @@ def measure(name: str, batch: int, rounds: int, out: Console) -> None:
     seconds: dict[str, list[float]] = {"FP32": [], **{kind: [] for kind in names}}
     fp32_steps(copy.deepcopy(model), batches, 2)
     for _ in range(rounds):
-        seconds["FP32"] += fp32_steps(copy.deepcopy(model), batches, PASSES)[1:]
+        seconds["FP32"] += fp32_steps(copy.deepcopy(model), batches, PASSES, clock)[1:]
         for kind in names:
             with variant(kind):
-                seconds[kind] += joint_steps(copy.deepcopy(placed), batches)
+                seconds[kind] += joint_steps(copy.deepcopy(placed), batches, clock)
     memory = {"FP32": peak_bytes(model, lambda: fp32_steps(copy.deepcopy(model), batches[:1], 1))}
     for kind in names:
         twin = copy.deepcopy(placed)
@@ -131,7 +133,8 @@ def measure(name: str, batch: int, rounds: int, out: Console) -> None:
     table = Table(
         title=f"{name}, batch {batch} of {SIZE}x{SIZE}, {torch.get_num_threads()} threads", title_justify="left"
     )
-    for heading in ("", "seconds", f"/ {PASSES} FP32 steps", "chain / this", "peak MB", "/ FP32 step"):
+    unit = "CPU seconds" if clock is time.process_time else "seconds"
+    for heading in ("", unit, f"/ {PASSES} FP32 steps", "chain / this", "peak MB", "/ FP32 step"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row(f"{PASSES} FP32 steps", f"{base:.3f}", "1.00", "-", f"{memory['FP32'] / 1e6:.0f}", "1.00")
     for kind in names:
@@ -155,10 +158,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-seconds", action="store_true", help="of this process, all threads; default: wall clock")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_seconds else time.perf_counter
     torch.set_num_threads(options.threads)
     for name in options.network:
-        measure(name, options.batch, options.rounds, Console(width=110))
+        measure(name, options.batch, options.rounds, clock, Console(width=110))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from nncf_mpq_plugin.loop import History, Loop, make_optimizer, quantizers_by_sc
 from nncf_mpq_plugin.placement import QuantizedModel
 from nncf_mpq_plugin.recompute import recomputed
 from nncf_mpq_plugin.stability import settled_agreement
+from nncf_mpq_plugin.stem import computed_once
 from nncf_mpq_plugin.training import (
     BatchNormStatistics,
     LossFunction,
@@ -180,6 +181,7 @@ def train_jointly(
         if len(keys) > 1:
             statistics.use(name if name == RANDOM else int(name))
 
+    @computed_once(quantized.stem if distributed.size() == 1 else None)  # replicas exchange in the last pass
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
         reference = None
         if teacher is not None:

@@ -51,40 +51,38 @@ def lsq_quantize(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 
     :param factor: LSQ's gradient scale g = 1 / sqrt(N * Qp), applied to the gradient of ``scale`` only.
     :return: the shape of ``x``.
     """
-    result: Tensor = _LSQ.apply(x, scale, low, high, factor)
+    if _fits_kernel(x, scale):
+        result: Tensor = torch.ops.nncf_mpq_plugin.lsq.default(x, scale, low, high, factor)
+    else:
+        result = _LSQ.apply(x, scale, low, high, factor)
     if result.requires_grad:
         for listener in listeners:
             listener(result, x, scale, low, high)
     return result
 
 
+def quantized_values(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """:return: the output of :func:`lsq_quantize`, for tensors that carry no gradient."""
+    if _fits_kernel(x, scale):
+        values: Tensor = torch.ops.nncf_mpq_plugin.lsq.default(x, scale, low, high, 1.0)
+        return values
+    return (x / scale).round_().clamp_(low, high).mul_(scale)
+
+
 class _LSQ(torch.autograd.Function):
-    """Forward and both gradients; keeps its input (which the layer before has kept as well) and no copy or mask."""
+    """The same in tensor operations; keeps its input (which the layer before has kept as well) and no copy or mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.low, ctx.high, ctx.factor = low, high, factor
-        return quantized_values(x, scale, low, high)
+        return (x / scale).round_().clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
-        if _fits_kernel(x, scale) and grad.dtype == x.dtype:
-            gradients = torch.ops.nncf_mpq_plugin.lsq_backward(grad, x, scale, ctx.low, ctx.high, ctx.factor)
-        else:
-            gradients = gradients_by_tensor_operations(grad, x, scale, ctx.low, ctx.high, ctx.factor)
+        gradients = gradients_by_tensor_operations(grad, x, scale, ctx.low, ctx.high, ctx.factor)
         return (*gradients, None, None, None)
-
-
-def quantized_values(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """:return: the output of :func:`lsq_quantize`, without a gradient."""
-    if _fits_kernel(x, scale):
-        values: Tensor = torch.ops.nncf_mpq_plugin.lsq_forward(x, scale, low, high)
-        return values
-    return (x / scale).round_().clamp_(low, high).mul_(scale)
 
 
 def gradients_by_tensor_operations(
@@ -113,7 +111,7 @@ def _fits_kernel(x: Tensor, scale: Tensor) -> bool:
 
 @functools.cache
 def compiled() -> bool:
-    """:return: whether the compiled kernel can be used; compiles it at the first call, which takes some seconds."""
+    """:return: whether the compiled kernel can be used; compiles it at the first call, in about 20 seconds."""
     if os.environ.get(SWITCH) == "python":
         return False
     try:

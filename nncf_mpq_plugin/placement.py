@@ -41,6 +41,7 @@ class QuantizedModel:
     :param activation_quantizers: activation group -> quantizer that its layers read their input through.
     :param positive: batch norm weights behind quantized layers; folding them must not change a weight's sign.
     :param stored_quantizers: hook name -> 8-bit quantizer of a tensor that several operations read. Never searched.
+    :param stem: the first layer, if its output is the same whatever bits are selected, and only a batch norm reads it.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class QuantizedModel:
     activation_quantizers: Mapping[str, MultiBitQuantizer]
     stored_quantizers: Mapping[str, MultiBitQuantizer]
     positive: tuple[nn.Parameter, ...] = ()
+    stem: nn.Module | None = None
 
     def after_step(self) -> None:
         """Keep the parameters in ``positive`` at or above 1e-4; called after each optimizer step."""

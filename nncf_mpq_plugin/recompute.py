@@ -55,6 +55,10 @@ class _Recipes:
         recipe = _Recipe(self._recipe(x) or x, scale.detach(), low, high)
         self._known[output.data_ptr()] = (weakref.ref(output), output._version, recipe)
 
+    def clear(self) -> None:
+        """Every tensor kept through :meth:`pack` refers to this object: it must not hold the whole pass as long."""
+        self._known.clear()
+
     def _recipe(self, tensor: Tensor) -> _Recipe | None:
         """:return: the recipe of ``tensor``, if it is (a view of all of) a quantized tensor that is as it was made."""
         reference, version, recipe = self._known.get(tensor.data_ptr(), (None, 0, None))
@@ -92,3 +96,4 @@ def recomputed() -> Iterator[None]:
             yield
     finally:
         lsq.listeners.remove(recipes.add)
+        recipes.clear()

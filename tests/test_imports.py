@@ -31,7 +31,7 @@ LAYERS = (
     ("errors", "progress", "batch_norm"),
     ("files", "requirements", "distributed"),
     ("types",),
-    ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq", "recompute"),
+    ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq", "recompute", "stem"),
     ("allocation.bounds", "allocation.constraints", "allocation.states"),
     ("allocation.join",),
     ("allocation.enumeration",),

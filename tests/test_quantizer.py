@@ -136,6 +136,20 @@ def test_the_kernel_computes_what_tensor_operations_do(shape, scales, layout, dt
     torch.testing.assert_close(one[2], other[2], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("way")
+def test_gradients_that_others_use_are_not_written_over():
+    x, scale = torch.linspace(-2, 2, 9).requires_grad_(), torch.tensor([0.3]).requires_grad_()
+    other, grad = torch.zeros(9).requires_grad_(), torch.arange(9.0)
+    y = lsq_quantize(x, scale, -4, 3)
+    y.retain_grad()
+    (other + y + y.view(3, 3).flatten()).backward(grad)
+    assert torch.equal(grad, torch.arange(9.0))
+    assert torch.equal(other.grad, grad)
+    assert torch.equal(y.grad, 2 * grad)
+    inside = (x / 0.3 > -4) & (x / 0.3 < 3)
+    assert torch.equal(x.grad, 2 * grad * inside)
+
+
 def test_values_that_are_not_finite_stay_so(monkeypatch):
     x = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
     one, other = both_ways(x, torch.tensor([0.5]), -4, 3, torch.ones(4), monkeypatch)

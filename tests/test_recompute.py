@@ -98,3 +98,18 @@ def test_quantized_tensors_are_not_kept_for_the_backward_pass(save, monkeypatch)
     assert len(storages) == 12
     assert sum(not storage.expired() for storage in storages) == (0 if save else 12)
     output.sum().backward()
+
+
+def test_a_tensor_that_is_kept_longer_does_not_keep_the_others():
+    """As a joint step keeps the first layer's output over all its passes."""
+    x, scale = torch.randn(8, 8, requires_grad=True), torch.tensor([0.3], requires_grad=True)
+    with recomputed():
+        early = lsq_quantize(x, scale, -4, 3).square()
+        late = early * 2
+        storage = StorageWeakRef(late.untyped_storage())
+        loss = lsq_quantize(late, scale, -4, 3).square().sum()
+    loss.backward(retain_graph=True)
+    assert not storage.expired()
+    del late, loss
+    assert storage.expired()
+    early.sum().backward()

@@ -29,6 +29,7 @@ from nncf.torch.quantization.layers import PTQuantizerSpec, QuantizationMode, Sy
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from nncf_mpq_plugin.adapters.base import replace_hook
 from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
@@ -250,6 +251,7 @@ def place(
         activations,
         stored,
         positive=positive,
+        stem=_stem(quantized, layers[next(iter(costs))], sites) if next(iter(costs)) in layers else None,
         sites={name: sites[name] for name in weights},
         plan=plan,
         ops=tuple(ops),
@@ -655,6 +657,13 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
             quantized.model(batch.to(device))
     for quantizer in quantizers:
         quantizer.finish_observing()
+
+
+def _stem(model: nn.Module, first: PlacedLayer, sites: Mapping[str, LayerSite]) -> nn.Module | None:
+    """:return: the first layer's module, where :attr:`QuantizedModel.stem` says so."""
+    module = model.get_submodule(first.cost.name)
+    simple = isinstance(module, _ConvNd | nn.Linear)
+    return module if simple and first.fixed is not None and sites[first.cost.name].batch_norm is not None else None
 
 
 def _native(quantizer: MultiBitQuantizer, step: Tensor) -> SymmetricQuantizer:
