@@ -6,10 +6,11 @@ What does joint training cost? A joint step at five bit widths (six passes) besi
     python benchmarks/joint_training.py --threads 1 --cpu-seconds  # on a machine that does other work as well
 
 In one process, in turns, median over the rounds. The joint step is that of train_jointly, safeguards included; "tensor
-operations" is the same without a compiler; "chain" is the same schedule on a quantizer written as the usual chain of
-differentiable tensor operations. Memory is the peak of tensor bytes that torch's CPU allocator has handed out in a step
-(torch.profiler), plus the model's: parameters, gradients, momentum, saved activations, temporaries; not the buffers
-that oneDNN allocates for itself.
+operations" is the same without a compiler; "chain" is the same schedule in the plain way: a quantizer written as the
+usual chain of differentiable tensor operations, every pass in full, nothing computed again, NNCF's hooks as they are.
+Memory is the peak of tensor bytes that torch's CPU allocator has handed out in two steps (torch.profiler), plus the
+model's: parameters, gradients, momentum, saved activations, temporaries; not the buffers that oneDNN allocates for
+itself.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nncf_mpq_plugin import lsq, quantizer
-from nncf_mpq_plugin.adapters.nncf3 import place
+from nncf_mpq_plugin import joint, lsq, quantizer
+from nncf_mpq_plugin.adapters.nncf3 import NNCFQuantizedModel, place
 from nncf_mpq_plugin.joint import JointConfig, train_jointly
+from nncf_mpq_plugin.memory import keep_freed_memory
 from nncf_mpq_plugin.placement import QuantizedModel
 
 BITS = (2, 3, 4, 5, 6)
@@ -55,7 +57,8 @@ def chain(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0) ->
 def fp32_steps(model: nn.Module, batches: list[Batch], count: int, clock: Clock = time.perf_counter) -> list[float]:
     """:return: seconds of each of ``count`` plain training steps."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, foreach=True)
+    options = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 2.5e-5, "fused": True}
+    optimizer = torch.optim.SGD(model.parameters(), **options)
     seconds = []
     for index in range(count):
         begin = clock()
@@ -81,6 +84,10 @@ def variant(name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if name == "chain":
             stack.enter_context(mock.patch.object(quantizer, "lsq_quantize", chain))
+            stack.enter_context(mock.patch.object(joint, "computed_once", contextlib.nullcontext))
+            stack.enter_context(mock.patch.object(joint, "recomputed", contextlib.nullcontext))
+            several_passes = QuantizedModel.several_passes
+            stack.enter_context(mock.patch.object(NNCFQuantizedModel, "several_passes", several_passes))
         elif name == "tensor operations":
             stack.enter_context(mock.patch.object(lsq, "compiled", return_value=False))
         yield
@@ -122,11 +129,11 @@ def measure(name: str, batch: int, rounds: int, clock: Clock, out: Console) -> N
         for kind in names:
             with variant(kind):
                 seconds[kind] += joint_steps(copy.deepcopy(placed), batches, clock)
-    memory = {"FP32": peak_bytes(model, lambda: fp32_steps(copy.deepcopy(model), batches[:1], 1))}
+    memory = {"FP32": peak_bytes(model, lambda: fp32_steps(copy.deepcopy(model), batches[:2], 2))}
     for kind in names:
         twin = copy.deepcopy(placed)
         with variant(kind):
-            memory[kind] = peak_bytes(twin.model, lambda twin=twin: joint_steps(twin, batches[:1]))
+            memory[kind] = peak_bytes(twin.model, lambda twin=twin: joint_steps(twin, batches[:2]))
     copied = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     memory["FP32"] -= copied  # of the copy made in the step
     base = PASSES * statistics.median(seconds["FP32"])
@@ -162,6 +169,7 @@ def main() -> None:
     options = parser.parse_args()
     clock = time.process_time if options.cpu_seconds else time.perf_counter
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the command does
     for name in options.network:
         measure(name, options.batch, options.rounds, clock, Console(width=110))
 

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from nncf_mpq_plugin import tables
 from nncf_mpq_plugin.comparison import METHODS, policy_by_name
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError, InterruptedRun, MPQError, VerificationError
+from nncf_mpq_plugin.memory import keep_freed_memory
 from nncf_mpq_plugin.search_options import Request, add_search_options, asks_for_another_search, limit_of, request_of
 from nncf_mpq_plugin.types import BUDGETS, Budget, ImportanceTable, Policy, read_json, write_json
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: the exit code.
     """
     options = _parser().parse_args(arguments)
+    keep_freed_memory()
     out, err = Console(soft_wrap=True, quiet=not _prints()), Console(stderr=True, soft_wrap=True)
     try:
         if _together() and getattr(options, "command", "") not in SHARED:

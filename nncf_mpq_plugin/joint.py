@@ -181,8 +181,14 @@ def train_jointly(
         if len(keys) > 1:
             statistics.use(name if name == RANDOM else int(name))
 
-    @computed_once(quantized.stem if distributed.size() == 1 else None)  # replicas exchange in the last pass
+    several_passes = quantized.several_passes()
+    stem = quantized.stem if distributed.size() == 1 else None  # replicas exchange in the last pass
+
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
+        with several_passes, computed_once(stem):
+            return all_passes(inputs, target, step)
+
+    def all_passes(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
         reference = None
         if teacher is not None:
             with torch.no_grad():

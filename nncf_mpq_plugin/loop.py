@@ -319,13 +319,29 @@ def make_optimizer(
         groups.append({"params": scales, "lr": decayed, "weight_decay": 0.0})
     groups = [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
     if name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=learning_rate, momentum=momentum, nesterov=nesterov and momentum > 0, foreach=True
-        )
+        return _FusedSGD(groups, lr=learning_rate, momentum=momentum, nesterov=nesterov and momentum > 0)
     if name == "adam":
         return torch.optim.Adam(groups, lr=learning_rate, betas=(momentum, 0.999), foreach=True)
     msg = f"optimizer: {name!r} is not known; choose 'sgd' or 'adam'."
     raise ConfigError(msg)
+
+
+class _FusedSGD(torch.optim.SGD):
+    """
+    SGD in one pass over memory, without temporaries, for parameters whose first gradients come at different steps.
+
+    torch's own takes momentum buffers for all parameters of a group or for none of them.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, fused=True, **options)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["momentum"] and parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return super().step(closure)
 
 
 def quantizers_by_scale(quantized: QuantizedModel) -> dict[int, int]:

@@ -4,6 +4,7 @@ What an adapter hands to training: a model with quantizers in place, and the map
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,13 @@ class QuantizedModel:
     stored_quantizers: Mapping[str, MultiBitQuantizer]
     positive: tuple[nn.Parameter, ...] = ()
     stem: nn.Module | None = None
+
+    def several_passes(self) -> contextlib.AbstractContextManager[None]:
+        """
+        :return: to be put around several forward passes, as often as one likes, while no quantizer comes or goes: what
+            is the same in all passes is done once.
+        """
+        return contextlib.nullcontext()
 
     def after_step(self) -> None:
         """Keep the parameters in ``positive`` at or above 1e-4; called after each optimizer step."""

@@ -61,8 +61,11 @@ class _Recipes:
 
     def _recipe(self, tensor: Tensor) -> _Recipe | None:
         """:return: the recipe of ``tensor``, if it is (a view of all of) a quantized tensor that is as it was made."""
-        reference, version, recipe = self._known.get(tensor.data_ptr(), (None, 0, None))
-        output = None if reference is None else reference()
+        known = self._known.get(tensor.data_ptr())
+        if known is None:
+            return None
+        reference, version, recipe = known
+        output = reference()
         if output is None or output._version != version or output.numel() != tensor.numel():
             return None
         return recipe

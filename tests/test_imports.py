@@ -29,7 +29,7 @@ ONLY_UNDER = {
 # what a module of the core may import of the package, itself and what these import included
 LAYERS = (
     ("errors", "progress", "batch_norm"),
-    ("files", "requirements", "distributed"),
+    ("files", "requirements", "distributed", "memory"),
     ("types",),
     ("schema", "config_keys", "config", "costs", "outliers", "quantizer", "lsq", "recompute", "stem"),
     ("allocation.bounds", "allocation.constraints", "allocation.states"),

@@ -7,11 +7,13 @@ import signal
 import pytest
 import torch
 from small_net import data, small_model
+from torch import nn
 
 from nncf_mpq_plugin.batches import Batches, derived_seed
 from nncf_mpq_plugin.errors import ConfigError, InputError, InterruptedRun, TrainingError
 from nncf_mpq_plugin.importance import importance_from_scales
 from nncf_mpq_plugin.joint import JointConfig, JointResult, select_random, train_jointly
+from nncf_mpq_plugin.loop import _FusedSGD
 from nncf_mpq_plugin.training import evaluate, named_quantizers, reestimate_batch_norm
 
 CONFIG = JointConfig(epochs=2, data_fraction=1.0)
@@ -188,6 +190,24 @@ def test_scales_without_gradient_do_not_move():
     train_jointly(quantized, data(), dataclasses.replace(CONFIG, epochs=1, weight_decay=0.1))
     assert quantized.model.q_pointwise.scale(3).item() == before
     assert quantized.model.q_head.scale().item() != moving
+
+
+def test_momentum_starts_with_a_parameters_first_gradient():
+    """As in torch's other ways to do SGD; its fused one refuses such parameters."""
+
+    def trained(make):
+        one, other = (nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+        groups = [{"params": [one, other], "lr": 0.1, "weight_decay": 0.01}]
+        optimizer = make(groups)
+        for step in range(4):
+            one.grad = torch.full_like(one, step + 1.0)
+            other.grad = torch.full_like(one, 0.5) if step >= 2 else None
+            optimizer.step()
+        return one, other
+
+    ours = trained(lambda groups: _FusedSGD(groups, lr=0.1, momentum=0.9, nesterov=True))
+    torchs = trained(lambda groups: torch.optim.SGD(groups, momentum=0.9, nesterov=True, foreach=False))
+    torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-7)
 
 
 def test_positive_parameters_stay_positive():

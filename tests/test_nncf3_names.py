@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "nncf_mpq_plugin" / "adapters" / "nncf3.py"
+ADAPTERS = Path(__file__).parent.parent / "nncf_mpq_plugin" / "adapters"
+SOURCE = ADAPTERS / "nncf3.py"
 TREE = ast.parse(SOURCE.read_text(encoding="utf-8"))
 
 if importlib.metadata.version("nncf").startswith("2."):
@@ -54,7 +55,8 @@ def test_nncf_has_the_name(name: str) -> None:
 def used() -> set[str]:
     """:return: what the adapter imports from NNCF, and what it reaches by ``nncf.``, with full names."""
     found = set()
-    for node in ast.walk(TREE):
+    passes = ast.parse((ADAPTERS / "nncf3_passes.py").read_text(encoding="utf-8"))
+    for node in (*ast.walk(TREE), *ast.walk(passes)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nncf."):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute):
@@ -72,7 +74,7 @@ def test_the_lists_are_complete() -> None:
 
 def test_no_name_is_listed_that_is_not_used() -> None:
     """The last part of each name occurs in the code of the adapter or of deploy/, the lists themselves left out."""
-    paths = [SOURCE, SOURCE.with_name("base.py"), *(SOURCE.parent.parent / "deploy").glob("*.py")]
+    paths = [SOURCE, ADAPTERS / "nncf3_passes.py", ADAPTERS / "base.py", *(ADAPTERS.parent / "deploy").glob("*.py")]
     names = {
         getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "name", None)
         for path in paths
@@ -91,6 +93,7 @@ def test_objects_have_the_attributes() -> None:
     import torch
     from networks import Residual, prepared
     from nncf.torch.function_hook import get_hook_storage
+    from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 
     x = torch.zeros(2, 3, 16, 16)
@@ -98,7 +101,14 @@ def test_objects_have_the_attributes() -> None:
     graph = build_nncf_graph(quantized, x)
     edge = graph.get_output_edges(graph.topological_sort()[0])[0]
     hooks = dict(get_hook_storage(quantized).named_hooks())
-    objects = {"NNCFGraphEdge": edge, "SymmetricQuantizer": next(iter(hooks.values()))}
+    mode = FunctionHookMode(quantized, get_hook_storage(quantized))
+    quantizer = next(iter(hooks.values()))
+    objects = {
+        "NNCFGraphEdge": edge,
+        "SymmetricQuantizer": quantizer,
+        "FunctionHookMode": mode,
+        "OpMeta": OpMeta("", torch.relu),
+    }
     for owner, names in ATTRIBUTES.items():
         for name in names:
             assert hasattr(objects[owner.rsplit(".", 1)[-1]], name), f"{owner}.{name}"

@@ -33,6 +33,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from nncf_mpq_plugin.adapters.base import replace_hook
 from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
+from nncf_mpq_plugin.adapters.nncf3_passes import SharedPasses
 from nncf_mpq_plugin.adapters.plan import (
     ADD,
     ADD_FUNCTIONS,
@@ -78,6 +79,12 @@ PRIVATE_NAMES = (
     "nncf.common.graph.graph.NNCFNode.metatype",
     "nncf.common.graph.graph.NNCFNode.node_name",
     "nncf.torch.function_hook.get_hook_storage",
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode._get_wrapped_call",
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.execute_post_hooks",
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.execute_pre_hooks",
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.get_current_relative_name",
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.process_model_inputs",
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.process_model_outputs",
     "nncf.torch.function_hook.hook_storage.HookStorage.delete_hook",
     "nncf.torch.function_hook.hook_storage.HookStorage.insert_hook_by_name",
     "nncf.torch.function_hook.hook_storage.HookStorage.named_hooks",
@@ -102,6 +109,12 @@ PRIVATE_ATTRIBUTES = {
         "tensor_shape",
         "to_node",
     ),
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode": (
+        "module_call_stack",
+        "nested_enter_count",
+        "op_calls",
+    ),
+    "nncf.torch.function_hook.hook_executor_mode.OpMeta": ("op_name",),
     "nncf.torch.quantization.layers.SymmetricQuantizer": ("_scale_param_storage",),
 }
 
@@ -156,6 +169,9 @@ class NNCFQuantizedModel(QuantizedModel):
     plan: Plan = None  # type: ignore[assignment]
     ops: tuple[Op, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
+
+    def several_passes(self) -> contextlib.AbstractContextManager[None]:
+        return SharedPasses(self.model)
 
     @property
     def floating_parameters(self) -> tuple[str, ...]:

@@ -1,0 +1,114 @@
+"""
+NNCF's hooks without what every forward pass does anew.
+
+NNCF builds a new mode for each call of a model: it lists all parameters and wraps all modules, and at each operation it
+looks for a hook at each argument. On networks with many small layers that is a tenth of a pass. Many passes can share
+the mode, and which operations have a quantizer is known beforehand.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
+from torch import Tensor, nn
+
+from nncf_mpq_plugin.quantizer import MultiBitQuantizer
+
+Ports = Mapping[str, list[tuple[int, list[nn.Module]]]]
+"""NNCF's name of an operation -> port and hooks there."""
+
+
+class _SharedMode(FunctionHookMode):
+    """Calls quantizers where there are some, and leaves every other operation alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        storage = get_hook_storage(model)
+        super().__init__(model, storage)
+        self._before, self._behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
+        self._names: dict[tuple[int, ...], str] = {}
+
+    def get_current_relative_name(self) -> str:
+        stack = tuple(map(id, self.module_call_stack))
+        name = self._names.get(stack)
+        if name is None:
+            name = self._names[stack] = super().get_current_relative_name()
+        return name
+
+    def execute_pre_hooks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ports = self._before.get(op_meta.op_name)
+        if ports is None:
+            return args, kwargs
+        if ports[-1][0] >= len(args) or any(isinstance(value, (list, tuple)) and _tensors(value) for value in args):
+            return super().execute_pre_hooks(args, kwargs, op_meta)  # where ports are no positions
+        values = list(args)
+        for port, hooks in ports:
+            for hook in hooks:
+                values[port] = hook(values[port])
+        return tuple(values), kwargs
+
+    def execute_post_hooks(self, output: Any, op_meta: OpMeta) -> Any:
+        ports = self._behind.get(op_meta.op_name)
+        if ports is None:
+            return output
+        if not isinstance(output, Tensor):
+            return super().execute_post_hooks(output, op_meta)
+        for hook in ports[0][1]:
+            output = hook(output)
+        return output
+
+
+class SharedPasses:
+    """
+    A context around several forward passes, to be entered as often as one likes.
+
+    Between its making and its last use no hook may come or go, and nothing may copy the model inside.
+
+    :param model: with :class:`MultiBitQuantizer` as its only hooks, each before or behind an operation or the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._mode = model, _SharedMode(model)
+        quantizers = {part for q in model.modules() if isinstance(q, MultiBitQuantizer) for part in q.modules()}
+        self._modules = [module for module in model.modules() if module is not model and module not in quantizers]
+
+    def __enter__(self) -> None:
+        mode = self._mode
+        forward: Any = self._model.forward
+
+        @functools.wraps(forward)
+        def one_pass(*args: Any, **kwargs: Any) -> Any:
+            mode.op_calls.clear()
+            with mode:
+                args, kwargs = mode.process_model_inputs(args, kwargs)
+                return mode.process_model_outputs(forward.orig_forward(*args, **kwargs))
+
+        for module in self._modules:
+            vars(module)["_call_impl"] = types.MethodType(mode._get_wrapped_call(module._call_impl), module)
+        mode.module_call_stack[:] = [self._model]
+        mode.nested_enter_count = 1  # so that entering it does none of this again
+        self._forward, self._model.forward = forward, one_pass
+
+    def __exit__(self, *exception: object) -> None:
+        self._model.forward = self._forward
+        for module in self._modules:
+            del vars(module)["_call_impl"]
+
+
+def _ports(hooks: nn.ModuleDict) -> Ports:
+    found: dict[str, list[tuple[int, list[nn.Module]]]] = {}
+    for key, group in hooks.items():
+        assert isinstance(group, nn.ModuleDict)
+        operation, _, port = key.rpartition("__")
+        found.setdefault(operation.replace(":", "."), []).append((int(port), list(group.values())))
+    return {operation: sorted(ports, key=lambda item: item[0]) for operation, ports in found.items()}
+
+
+def _tensors(values: list[Any] | tuple[Any, ...]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
