@@ -12,12 +12,13 @@ import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGEST_HEAP_BLOCK = 32 * 2**20  # the most that glibc takes: larger blocks are maps of their own in any case
+ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 KEPT = 2**31 - 1  # bytes, the largest int
 
 
 def keep_freed_memory() -> None:
-    """For the whole process. Nothing happens without glibc, or where MALLOC_TRIM_THRESHOLD_ says what is wanted."""
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ:
+    """For the whole process. Nothing happens without glibc, or where the environment says what is wanted."""
+    if any(name in os.environ for name in ENVIRONMENT):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -61,7 +61,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--alpha",
         type=float,
         metavar="N",
-        help="weight importance counts N times (default: 2 for learned scales, 0.5 for importances in units of loss)",
+        help="weight importance counts N times (default: 2 for learned scales, 0.25 for importances in units of loss)",
     )
     program.add_argument(
         "--out-of-order",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,13 @@ def computed_once(layer: nn.Module | None) -> Iterator[None]:
     if layer is None:
         yield
         return
-    forward = layer.forward
+    forward, own = layer.forward, vars(layer).get("forward")
     kept: list[Tensor] = []  # input, output, and the output cut off from its graph
 
-    def once(x: Tensor) -> Tensor:
+    def once(*inputs: Any, **others: Any) -> Tensor:
+        if len(inputs) != 1 or others:
+            return forward(*inputs, **others)
+        (x,) = inputs
         with torch._C.DisableTorchFunction():  # NNCF's function hooks would take part
             if kept and torch.equal(kept[0], x):
                 return kept[2]
@@ -48,3 +52,5 @@ def computed_once(layer: nn.Module | None) -> Iterator[None]:
             kept[1].backward(kept[2].grad)
     finally:
         del layer.forward
+        if own is not None:
+            layer.forward = own

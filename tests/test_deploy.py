@@ -92,6 +92,34 @@ def test_a_strided_pointwise_convolution_over_8_channels_leaves_without_stride(e
     assert (pixels.op_type, strides) == ("MaxPool", [[2, 2], [1, 1]])
 
 
+class Clamped(torch.nn.Module):
+    """Ends in a clip of its own, and joins a prompt that is repeated over the batch and over its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 4, 4)
+        self.prompt = torch.nn.Parameter(torch.rand(1, 1, 8))
+        self.last = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.first(x).relu().flatten(2).transpose(1, 2)
+        x = torch.cat([self.prompt.expand(x.shape[0], 5, 8), x], 1)
+        return self.last(x).clamp(0, 1)
+
+
+def test_a_last_clip_and_rows_that_are_repeated_stay(tmp_path):
+    data = batches()
+    torch.manual_seed(0)
+    quantized = nncf3.place(Clamped().eval(), data[0], data, bits=(2, 3, 4, 5, 6), fixed_bits={})
+    frozen = nncf3.freeze(quantized)
+    deploy.export(frozen, data[0], tmp_path)
+    expected = frozen(data[0]).detach().numpy()
+    assert expected.shape[1] == 21
+    for file in ("model.xml", "model.onnx"):
+        found = run_openvino(tmp_path / file, data[0].numpy())["output"]
+        assert abs(found - expected).mean() < 1e-2, file
+
+
 def test_the_bias_before_a_class_token_is_kept(tmp_path):
     torch.manual_seed(0)
     network = VisionTransformer(16, 4, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=10).eval()

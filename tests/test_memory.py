@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from joint_steps import BATCH, SIDE, WIDTH
+
+from nncf_mpq_plugin.memory import ENVIRONMENT
 
 WARM_UP = 4  # of the 20 values: the first 100 steps, in which allocators and the first save take what they keep
 # What would leak is at least one activation of one pass a step, 256 KiB here. A tenth of that for each of 400 steps is
@@ -50,18 +53,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(**environment: str) -> int:
     """:return: pages that ten steps ask the system for, in a process of its own, since the setting is for good."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    inherited = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
-def test_what_a_step_freed_serves_the_next_one():
-    pages = 16 * 4 * 2**20 // 4096
-    assert faults() < pages  # of ten times as many
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
-def test_the_environment_goes_first():
-    pages = 16 * 4 * 2**20 // 4096
-    assert faults(MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="131072") > 5 * pages
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_what_a_step_freed_serves_the_next_one_unless_the_environment_says_otherwise():
+    given_back = faults(MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="131072")
+    if given_back < 1000:
+        pytest.skip(f"{given_back} faults: pages are large here")
+    assert faults() * 5 < given_back

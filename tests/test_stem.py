@@ -72,3 +72,42 @@ def test_only_a_fixed_first_layer_behind_which_a_batch_norm_stands():
     without_norm = Net()
     without_norm.norm = nn.Identity()
     assert placed(without_norm)[0].stem is None
+
+
+class ConvolutionWithNorm(nn.Conv2d):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.inner = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x):
+        return self.inner(super().forward(x))
+
+
+class Functional(Net):
+    def __init__(self):
+        super().__init__()
+        self.kernel = self.first.weight
+        del self.first
+
+    def forward(self, x):
+        x = self.norm(nn.functional.conv2d(x, self.kernel, padding=1)).relu_()
+        return self.last(self.middle(x).relu_().mean((2, 3)))
+
+
+def test_no_layer_that_does_more_or_is_no_module():
+    network = Net()
+    network.first = ConvolutionWithNorm(3, 8, 3, padding=1, bias=False)
+    assert placed(network)[0].stem is None
+    assert placed(Functional())[0].stem is None
+
+
+def test_a_forward_of_the_layers_own_and_other_calls_stay():
+    layer = nn.Conv2d(3, 8, 3)
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 1
+    x = torch.randn(1, 3, 4, 4)
+    expected = layer(x)
+    with computed_once(layer):
+        assert torch.equal(layer(x=x), expected)
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x), expected)

@@ -29,7 +29,6 @@ from nncf.torch.quantization.layers import PTQuantizerSpec, QuantizationMode, Sy
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from nncf_mpq_plugin.adapters.base import replace_hook
 from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
@@ -677,8 +676,8 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
 
 def _stem(model: nn.Module, first: PlacedLayer, sites: Mapping[str, LayerSite]) -> nn.Module | None:
     """:return: the first layer's module, where :attr:`QuantizedModel.stem` says so."""
-    module = model.get_submodule(first.cost.name)
-    simple = isinstance(module, _ConvNd | nn.Linear)
+    module = dict(model.named_modules()).get(first.cost.name)  # None: a function with a parameter of the model
+    simple = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return module if simple and first.fixed is not None and sites[first.cost.name].batch_norm is not None else None
 
 

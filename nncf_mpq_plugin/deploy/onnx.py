@@ -13,8 +13,10 @@ A layer that reads activations in floating point has ``Cast`` and ``Mul`` behind
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -190,6 +192,7 @@ class _Rewriter:
             if (
                 node.op_type == "Conv"
                 and node.input[0] in self.scales
+                and node.input[1] in self.weight_scales
                 and self.constants[f"{node.input[1]}.integers"].shape[1] % 16 == 8
                 and set(attributes["kernel_shape"]) == {1}
                 and not any(attributes.get("pads", []))
@@ -300,27 +303,59 @@ def _expand_without_shapes(graph: GraphProto) -> None:
     the batch from that tensor's values, times 0: OpenVINO loses the bias of the convolution before it where its shape
     is read (docs/upstream.md).
     """
-    constants = {item.name for item in graph.initializer}
+    constants = {item.name: item for item in graph.initializer}
+    producers = {name: node for node in graph.node for name in node.output}
+    readers = Counter(name for node in graph.node for name in node.input)
+    expands = {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == "Expand"
+        and readers[node.output[0]] == 1
+        and node.input[0] in constants
+        and constants[node.input[0]].data_type == onnx.TensorProto.FLOAT
+        and _only_first_grows(node, producers, constants)
+    }
     nodes: list[NodeProto] = []
     for node in graph.node:
-        expands = {n.output[0]: n for n in nodes if n.op_type == "Expand" and n.input[0] in constants}
-        repeated = [name for name in node.input if name in expands]
-        if node.op_type == "Concat" and 0 < len(repeated) < len(node.input):
-            tensor = next(name for name in node.input if name not in expands)
+        if node.op_type == "Concat":
             (axis,) = (a.i for a in node.attribute)
-            name = f"{node.output[0]}.zeros"
-            values = {"first": [0], "end": [1], "axis": [axis]}
-            for key, value in values.items():
-                graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.int64), f"{name}.{key}"))
-            graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), f"{name}.factor"))
-            bounds = [f"{name}.{key}" for key in values]
-            nodes.append(helper.make_node("Slice", [tensor, *bounds], [f"{name}.row"], f"{name}.row"))
-            nodes.append(helper.make_node("Mul", [f"{name}.row", f"{name}.factor"], [name], name))
-            for output in repeated:
+            others = [name for name in node.input if name not in expands]
+            for output in [name for name in node.input if name in expands and axis > 0 and others]:
                 nodes.remove(expands[output])
-                nodes.append(helper.make_node("Add", [expands[output].input[0], name], [output], output))
+                nodes += _repeated_by_values(graph, expands[output], others[0], axis)
         nodes.append(node)
     _replace_nodes(graph, nodes)
+
+
+def _only_first_grows(expand: NodeProto, producers: Mapping[str, NodeProto], constants: Mapping[str, Any]) -> bool:
+    """:return: whether the shape that ``expand`` reads is seen to keep all dimensions but the first, which is 1."""
+    dims = constants[expand.input[0]].dims
+    before = {"Where": 2, "Reshape": 0}  # torch replaces -1 in the shape behind its Concat
+    node = producers.get(expand.input[1])
+    while node is not None and node.op_type in before:
+        node = producers.get(node.input[before[node.op_type]])
+    if node is None or node.op_type != "Concat" or len(node.input) != len(dims) or dims[0] != 1:
+        return False
+    sizes = [constants.get(name) for name in node.input[1:]]
+    return all(
+        size is not None and numpy_helper.to_array(size).tolist() in ([-1], [dim])
+        for size, dim in zip(sizes, dims[1:], strict=True)
+    )
+
+
+def _repeated_by_values(graph: GraphProto, expand: NodeProto, tensor: str, axis: int) -> list[NodeProto]:
+    """:return: nodes that compute what ``expand`` does, with the batch of ``tensor``."""
+    token, output = expand.input[0], expand.output[0]
+    bounds = [f"{output}.{key}" for key in ("first", "end", "axis")]
+    for name, value in zip(bounds, (0, 1, axis), strict=True):
+        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
+    nothing, row, zeros = (f"{output}.{key}" for key in ("nothing", "row", "zeros"))
+    graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), nothing))
+    return [
+        helper.make_node("Slice", [tensor, *bounds], [row], row),
+        helper.make_node("Mul", [row, nothing], [zeros], zeros),
+        helper.make_node("Add", [token, zeros], [output], output),
+    ]
 
 
 def _replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:

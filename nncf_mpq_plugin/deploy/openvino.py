@@ -113,11 +113,10 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     nodes = list(model.graph.node)
     for index, clip in enumerate(nodes):
-        if clip.op_type != "Clip" or nodes[index - 1].output[0] != clip.input[0]:
+        around = [node.op_type for node in nodes[index - 1 : index + 2]]
+        if around != ["QuantizeLinear", "Clip", "DequantizeLinear"] or nodes[index - 1].output[0] != clip.input[0]:
             continue
         rounding, dequantized = nodes[index - 1], nodes[index + 1]
-        if (rounding.op_type, dequantized.op_type) != ("QuantizeLinear", "DequantizeLinear"):
-            continue
         shifted = rounding.input[0] == f"{dequantized.output[0]}.shifted"
         first = index - 2 if shifted else index - 1
         step, zero_point = (constants[name].astype(np.float32) for name in dequantized.input[1:])
