@@ -86,21 +86,12 @@ small_vit = partial(
     hidden_dim=192,
     mlp_dim=768,
 )
-
-
-def squeezenet(num_classes: int) -> nn.Module:
-    """With a start that learns without batch norms: torchvision's keeps the last layer's outputs near 0."""
-    network = torchvision.models.squeezenet1_1(num_classes=num_classes)
-    nn.init.kaiming_uniform_(network.classifier[1].weight)
-    return network
-
-
 untrained = partial(Network, torchvision.models.vit_b_16, size=224, epochs=0, samples=16, calibration=8)
 NETWORKS: Mapping[str, Network] = {
     "resnet18": Network(torchvision.models.resnet18),
     "resnet18 (ORT)": Network(torchvision.models.resnet18, target="onnxruntime"),
     "mobilenet_v2": Network(torchvision.models.mobilenet_v2),
-    "squeezenet1_1": Network(squeezenet, epochs=30, rate=0.02),
+    "squeezenet1_1": Network(torchvision.models.squeezenet1_1, epochs=20, rate=0.02),
     "densenet121": Network(torchvision.models.densenet121),
     "vit": Network(small_vit, timed=64, rate=0.01),
     "vit_b_16": untrained(),
