@@ -11,17 +11,13 @@ learned importance at its defaults, uniform bits, ten random policies that use u
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import importance
-import torch
 from hessian import hessian_importance
-from policy_accuracy import NETWORKS, SAMPLES, Results, Trained, described, measurements, results_of
-from rich.console import Console
+from policy_accuracy import SAMPLES, Results, Trained, arguments, begun_table, run
 from rich.table import Table
 
 from nncf_mpq_plugin.allocation import search
@@ -51,11 +47,8 @@ def policy_of(method: str, net: Trained, budget: Budget) -> tuple[Policy, float]
 
 def table_of(name: str, budget: str, results: Results) -> Table:
     """:return: one row a method, random policies together: accuracy by seed, its mean and range, and what it cost."""
-    seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
-    table = Table(title=f"{name}, {described(budget)}", title_justify="left")
-    table.add_column("method")
-    for heading in (*(f"seed {seed}" for seed in seeds), "mean", "lowest", "highest", "policies", "search s"):
-        table.add_column(heading, justify="right")
+    headings = ("mean", "lowest", "highest", "policies", "search s")
+    table, seeds = begun_table(name, budget, results, headings)
     rows: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for method in METHODS:
         for seed, runs in results.get(method, {}).items():
@@ -85,27 +78,10 @@ def seconds_of(method: str, results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = arguments(__doc__, METHODS, runs=1)
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--runs", type=int, default=1, help="fine-tunings of each policy")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print what is there and measure nothing")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    console = Console(width=140)
-    if not options.table:
-        wanted = options.networks, options.seeds, options.budgets, options.methods, options.runs
-        for line in measurements(*wanted, policy_of, options.output):
-            console.print(line, highlight=False)
-    for network in options.networks:
-        for budget in options.budgets:
-            results = results_of(network, budget, options.output, options.methods)
-            if results:
-                console.print(table_of(network, budget, results))
+    run(options, options.budgets, policy_of, lambda *found: [table_of(*found)])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nncf_mpq_plugin.finetune import with_fine_tuned_granularity
 from nncf_mpq_plugin.importance import fixed_layers_of
 from nncf_mpq_plugin.placement import QuantizedModel
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer
-from nncf_mpq_plugin.training import evaluation_mode, named_quantizers, quantizers_off, set_weights
+from nncf_mpq_plugin.training import evaluation_mode, quantizers_off, set_weights
 from nncf_mpq_plugin.types import ImportanceTable, LayerImportance
 
 Samples = Sequence[tuple[Tensor, Tensor]]
@@ -39,7 +39,9 @@ def hessian_importance(
     :return: a table to search with alpha 1; negative traces count as 0. The activations of a group count once, in equal
         parts over its layers.
     """
-    model = with_steps_from_statistics(quantized, original, batches)
+    floating = copy.deepcopy(quantized)
+    set_weights(floating.model, original)
+    model = with_fine_tuned_granularity(floating, [inputs for inputs, _ in batches], initialization="statistics")
     weights = {layer.cost.name: model.weight_quantizers[layer.cost.name] for layer in model.searchable}
     activations = {group: model.activation_quantizers[group] for group in model.searchable_groups}
     weight_costs, activation_costs = (
@@ -60,23 +62,6 @@ def hessian_importance(
     return ImportanceTable(
         model.bits, layers, fixed_layers_of(model), unit="loss", source=f"HAWQ-V2, {iterations} vectors a batch"
     )
-
-
-def with_steps_from_statistics(
-    quantized: QuantizedModel, original: dict[str, Tensor], batches: Samples
-) -> QuantizedModel:
-    """:return: a copy with floating-point weights and least-error steps, one per channel for weights."""
-    result = copy.deepcopy(quantized)
-    set_weights(result.model, original)
-    quantizers = list(named_quantizers(result).values())
-    for quantizer in quantizers:
-        quantizer.start_observing()
-    with torch.no_grad(), evaluation_mode(result.model):
-        for inputs, _ in batches:
-            result.model(inputs)
-    for quantizer in quantizers:
-        quantizer.finish_observing()
-    return with_fine_tuned_granularity(result, [batches[0][0]])
 
 
 def metric(

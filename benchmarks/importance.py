@@ -7,13 +7,9 @@ Does importance choose better bits? Fine-tuned accuracy of policies at the same 
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
-import torch
-from policy_accuracy import NETWORKS, SAMPLES, Trained, measurements, remarks, results_of, table_of
-from rich.console import Console
+from policy_accuracy import SAMPLES, Trained, arguments, remarks, run, table_of
 
 from nncf_mpq_plugin import comparison
 from nncf_mpq_plugin.allocation import prepare, search
@@ -78,28 +74,11 @@ def policy_of(method: str, net: Trained, budget: Budget) -> tuple[Policy, float]
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser = arguments(__doc__, METHODS, runs=2)
     parser.add_argument("--bits", nargs="+", type=float, default=[3, 2.5])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--runs", type=int, default=2, help="fine-tunings of each policy")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print what is there and measure nothing")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    console = Console(width=140)
     budgets = [f"{level:g} bits" for level in options.bits]
-    if not options.table:
-        wanted = options.networks, options.seeds, budgets, options.methods, options.runs
-        for line in measurements(*wanted, policy_of, options.output):
-            console.print(line, highlight=False)
-    for network in options.networks:
-        for budget in budgets:
-            results = results_of(network, budget, options.output, options.methods)
-            if results:
-                console.print(table_of(network, budget, results), *remarks(results), sep="\n", highlight=False)
+    run(options, budgets, policy_of, lambda *found: [table_of(*found), *remarks(found[-1])])
 
 
 if __name__ == "__main__":

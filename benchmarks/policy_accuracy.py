@@ -8,17 +8,19 @@ Test digits are looked at by the last line of each measurement and by nothing el
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import cluttered_digits
 import torch
+from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -214,6 +216,7 @@ def measure(net: Trained, method: str, budget: str, run: int, policy_of: PolicyO
 
 
 Results = dict[str, dict[int, list[dict[str, Any]]]]
+Shown = Callable[[str, str, Results], Iterable[Table | str]]
 
 
 def results_of(name: str, budget: str, output: Path, methods: Sequence[str]) -> Results:
@@ -226,13 +229,20 @@ def results_of(name: str, budget: str, output: Path, methods: Sequence[str]) -> 
     return results
 
 
-def table_of(name: str, budget: str, results: Results) -> Table:
-    """:return: one row a method: accuracy for each seed (mean over runs), mean over seeds, loss and seconds."""
+def begun_table(name: str, budget: str, results: Results, headings: Sequence[str]) -> tuple[Table, list[int]]:
+    """:return: a table without rows (columns: method, seeds, headings), and the seeds."""
     seeds = sorted({seed for by_seed in results.values() for seed in by_seed})
     table = Table(title=f"{name}, {described(budget)}", title_justify="left")
     table.add_column("method")
-    for heading in (*(f"seed {seed}" for seed in seeds), "mean", "runs", "joint loss", "search s", "fine-tuning s"):
+    for heading in (*(f"seed {seed}" for seed in seeds), *headings):
         table.add_column(heading, justify="right")
+    return table, seeds
+
+
+def table_of(name: str, budget: str, results: Results) -> Table:
+    """:return: one row a method: accuracy for each seed (mean over runs), mean over seeds, loss and seconds."""
+    headings = ("mean", "runs", "joint loss", "search s", "fine-tuning s")
+    table, seeds = begun_table(name, budget, results, headings)
     rows = []
     for method, by_seed in results.items():
         means = {seed: 100 * statistics.mean(result["test"] for result in by_seed[seed]) for seed in by_seed}
@@ -268,3 +278,36 @@ def remarks(results: Results) -> Iterator[str]:
     digits = len(next(iter(next(iter(results.values())).values()))[0]["test_right"])
     error = (statistics.mean(variances) / digits) ** 0.5
     yield f"standard error of an accuracy over renderings of these digits: {100 * error:.2f} points"
+
+
+def arguments(description: str | None, methods: Sequence[str], runs: int) -> argparse.ArgumentParser:
+    """:return: the options that the benchmarks share; ``runs`` is the default of ``--runs``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    parser.add_argument("--runs", type=int, default=runs, help="fine-tunings of each policy")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print what is there and measure nothing")
+    return parser
+
+
+def run(options: argparse.Namespace, budgets: Sequence[str], policy_of: PolicyOf, shown: Shown) -> None:
+    """
+    Measure what is wanted and missing, and print what is there.
+
+    :param options: of :func:`arguments`.
+    :param shown: (network, budget, results) -> what to print.
+    """
+    torch.set_num_threads(options.threads)
+    console = Console(width=140)
+    if not options.table:
+        wanted = options.networks, options.seeds, budgets, options.methods, options.runs
+        for line in measurements(*wanted, policy_of, options.output):
+            console.print(line, highlight=False)
+    for network in options.networks:
+        for budget in budgets:
+            results = results_of(network, budget, options.output, options.methods)
+            if results:
+                console.print(*shown(network, budget, results), sep="\n", highlight=False)

@@ -144,18 +144,22 @@ def reduce_to_policy(
 
 
 def with_fine_tuned_granularity(
-    quantized: QuantizedModel, calibration: Sequence[Tensor], granularity: str = "channel"
+    quantized: QuantizedModel,
+    calibration: Sequence[Tensor],
+    granularity: str = "channel",
+    initialization: str = "trained",
 ) -> QuantizedModel:
     """
     The jointly trained model with weight scales of the shape that fine-tuning gives them, at every bit width: what a
     tensor loses is then measured as fine-tuning will start, not with the one scale per layer of joint training.
 
-    :param calibration: input batches; one sample suffices.
+    :param calibration: input batches; one sample suffices for ``trained``.
     :param granularity: ``channel`` or ``tensor``.
-    :return: a copy; scales as by :func:`reduce_to_policy` with ``trained``.
+    :param initialization: ``trained`` or ``statistics``.
+    :return: a copy; scales as by :func:`reduce_to_policy`.
     """
     result = copy.deepcopy(quantized)
-    _initialize_scales(result, list(named_quantizers(result).values()), calibration, granularity, "trained")
+    _initialize_scales(result, list(named_quantizers(result).values()), calibration, granularity, initialization)
     return result
 
 

@@ -66,7 +66,7 @@ def quantized_values(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     if _fits_kernel(x, scale):
         values: Tensor = torch.ops.nncf_mpq_plugin.lsq.default(x, scale, low, high, 1.0)
         return values
-    return (x / scale).round_().clamp_(low, high).mul_(scale)
+    return values_by_tensor_operations(x, scale, low, high)
 
 
 class _LSQ(torch.autograd.Function):
@@ -76,13 +76,18 @@ class _LSQ(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.low, ctx.high, ctx.factor = low, high, factor
-        return (x / scale).round_().clamp_(low, high).mul_(scale)
+        return values_by_tensor_operations(x, scale, low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         gradients = gradients_by_tensor_operations(grad, x, scale, ctx.low, ctx.high, ctx.factor)
         return (*gradients, None, None, None)
+
+
+def values_by_tensor_operations(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    """:return: the output of :func:`lsq_quantize`."""
+    return (x / scale).round_().clamp_(low, high).mul_(scale)
 
 
 def gradients_by_tensor_operations(

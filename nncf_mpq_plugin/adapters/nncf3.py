@@ -266,7 +266,7 @@ def place(
         activations,
         stored,
         positive=positive,
-        stem=_stem(quantized, layers[next(iter(costs))], sites) if next(iter(costs)) in layers else None,
+        stem=_stem(quantized, layers.get(next(iter(costs))), sites),
         sites={name: sites[name] for name in weights},
         plan=plan,
         ops=tuple(ops),
@@ -674,11 +674,12 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
         quantizer.finish_observing()
 
 
-def _stem(model: nn.Module, first: PlacedLayer, sites: Mapping[str, LayerSite]) -> nn.Module | None:
+def _stem(model: nn.Module, first: PlacedLayer | None, sites: Mapping[str, LayerSite]) -> nn.Module | None:
     """:return: the first layer's module, where :attr:`QuantizedModel.stem` says so."""
+    if first is None or first.fixed is None or sites[first.cost.name].batch_norm is None:
+        return None
     module = dict(model.named_modules()).get(first.cost.name)  # None: a function with a parameter of the model
-    simple = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    return module if simple and first.fixed is not None and sites[first.cost.name].batch_norm is not None else None
+    return module if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) else None
 
 
 def _native(quantizer: MultiBitQuantizer, step: Tensor) -> SymmetricQuantizer:

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import GraphProto, NodeProto, helper, numpy_helper
+from onnx import NodeProto, helper, numpy_helper
 
 from nncf_mpq_plugin.deploy.graph import is_marker
 from nncf_mpq_plugin.errors import UnsupportedModelError
@@ -65,9 +64,17 @@ class _Rewriter:
         self.weights_of_float_layers()
         self.biases_to_integers()
         self.small_weights_to_int4()
-        del self.graph.initializer[:], self.graph.value_info[:]
-        self.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self.constants.items())
-        _replace_nodes(self.graph, self.nodes)
+        self.repeated_constants_by_values()
+        read, kept = {item.name for item in self.graph.output}, []
+        for node in reversed(self.nodes):
+            if read.intersection(node.output):
+                kept.append(node)
+                read.update(node.input)
+        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
+        self.graph.node.extend(reversed(kept))
+        self.graph.initializer.extend(
+            numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in read
+        )
 
     def fold_identity_batch_norms(self) -> None:
         """Freezing left batch norms as identities that carry the bias: move it into the layer."""
@@ -269,11 +276,61 @@ class _Rewriter:
             result.append(node)
         self.nodes = result
 
+    def repeated_constants_by_values(self) -> None:
+        """
+        A constant that is repeated over the batch and joined to a tensor (the class token of a vision transformer)
+        takes the batch from that tensor's values, times 0: OpenVINO loses the bias of the convolution before it where
+        its shape is read (docs/upstream.md).
+        """
+        producers = {output: node for node in self.nodes for output in node.output}
+        reads = Counter(name for node in self.nodes for name in node.input)
+        repeated = {
+            name
+            for name, node in producers.items()
+            if node.op_type == "Expand" and reads[name] == 1 and self.only_first_grows(node, producers)
+        }
+        result: list[NodeProto] = []
+        for node in self.nodes:
+            if node.op_type == "Concat":
+                (axis,) = (a.i for a in node.attribute)
+                others = [name for name in node.input if name not in repeated]
+                for output in [name for name in node.input if name in repeated and axis > 0 and others]:
+                    result.remove(producers[output])
+                    token, row, zeros = producers[output].input[0], f"{output}.row", f"{output}.zeros"
+                    bounds = [
+                        self.constant(f"{output}.{key}", np.array([value], np.int64))
+                        for key, value in (("first", 0), ("end", 1), ("axis", axis))
+                    ]
+                    nothing = self.constant(f"{output}.nothing", np.float32(0))
+                    result.append(helper.make_node("Slice", [others[0], *bounds], [row], row))
+                    result.append(helper.make_node("Mul", [row, nothing], [zeros], zeros))
+                    result.append(helper.make_node("Add", [token, zeros], [output], output))
+            result.append(node)
+        self.nodes = result
+
+    def only_first_grows(self, expand: NodeProto, producers: Mapping[str, NodeProto]) -> bool:
+        """:return: whether a float constant is seen to keep all dimensions but the first, which is 1."""
+        token = self.constants.get(expand.input[0])
+        if token is None or token.dtype != np.float32:
+            return False
+        before = {"Where": 2, "Reshape": 0}  # torch replaces -1 in the shape behind its Concat
+        node = producers.get(expand.input[1])
+        while node is not None and node.op_type in before:
+            node = producers.get(node.input[before[node.op_type]])
+        if node is None or node.op_type != "Concat" or len(node.input) != token.ndim or token.shape[0] != 1:
+            return False
+        sizes = [self.constants.get(name) for name in node.input[1:]]
+        return all(
+            size is not None and size.tolist() in ([-1], [length])
+            for size, length in zip(sizes, token.shape[1:], strict=True)
+        )
+
 
 def _check_numbers(tensor: str, step: np.ndarray, values: np.ndarray) -> None:
     """:raises UnsupportedModelError: for steps or weights that are no numbers."""
-    if not (np.isfinite(step).all() and (step > 0).all() and np.isfinite(values).all()):
-        what = "a weight" if np.isfinite(step).all() and (step > 0).all() else "its quantizer's scale"
+    usable = np.isfinite(step).all() and (step > 0).all()
+    if not (usable and np.isfinite(values).all()):
+        what = "a weight" if usable else "its quantizer's scale"
         msg = (
             f"{tensor!r}: {what} is zero, infinite or no number. Training has diverged; train with a lower learning "
             "rate (fine_tuning.learning_rate, scale_learning_rate)."
@@ -292,84 +349,8 @@ def to_standard_operators(marked: onnx.ModelProto) -> onnx.ModelProto:
     del marked.opset_import[:]
     marked.opset_import.append(helper.make_opsetid("", OPSET))
     marked.producer_name = "nncf-mpq-plugin"
-    _expand_without_shapes(marked.graph)
     onnx.checker.check_model(marked, full_check=True)
     return marked
-
-
-def _expand_without_shapes(graph: GraphProto) -> None:
-    """
-    A constant that is repeated over the batch and joined to a tensor (the class token of a vision transformer) takes
-    the batch from that tensor's values, times 0: OpenVINO loses the bias of the convolution before it where its shape
-    is read (docs/upstream.md).
-    """
-    constants = {item.name: item for item in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
-    readers = Counter(name for node in graph.node for name in node.input)
-    expands = {
-        node.output[0]: node
-        for node in graph.node
-        if node.op_type == "Expand"
-        and readers[node.output[0]] == 1
-        and node.input[0] in constants
-        and constants[node.input[0]].data_type == onnx.TensorProto.FLOAT
-        and _only_first_grows(node, producers, constants)
-    }
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "Concat":
-            (axis,) = (a.i for a in node.attribute)
-            others = [name for name in node.input if name not in expands]
-            for output in [name for name in node.input if name in expands and axis > 0 and others]:
-                nodes.remove(expands[output])
-                nodes += _repeated_by_values(graph, expands[output], others[0], axis)
-        nodes.append(node)
-    _replace_nodes(graph, nodes)
-
-
-def _only_first_grows(expand: NodeProto, producers: Mapping[str, NodeProto], constants: Mapping[str, Any]) -> bool:
-    """:return: whether the shape that ``expand`` reads is seen to keep all dimensions but the first, which is 1."""
-    dims = constants[expand.input[0]].dims
-    before = {"Where": 2, "Reshape": 0}  # torch replaces -1 in the shape behind its Concat
-    node = producers.get(expand.input[1])
-    while node is not None and node.op_type in before:
-        node = producers.get(node.input[before[node.op_type]])
-    if node is None or node.op_type != "Concat" or len(node.input) != len(dims) or dims[0] != 1:
-        return False
-    sizes = [constants.get(name) for name in node.input[1:]]
-    return all(
-        size is not None and numpy_helper.to_array(size).tolist() in ([-1], [dim])
-        for size, dim in zip(sizes, dims[1:], strict=True)
-    )
-
-
-def _repeated_by_values(graph: GraphProto, expand: NodeProto, tensor: str, axis: int) -> list[NodeProto]:
-    """:return: nodes that compute what ``expand`` does, with the batch of ``tensor``."""
-    token, output = expand.input[0], expand.output[0]
-    bounds = [f"{output}.{key}" for key in ("first", "end", "axis")]
-    for name, value in zip(bounds, (0, 1, axis), strict=True):
-        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
-    nothing, row, zeros = (f"{output}.{key}" for key in ("nothing", "row", "zeros"))
-    graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), nothing))
-    return [
-        helper.make_node("Slice", [tensor, *bounds], [row], row),
-        helper.make_node("Mul", [row, nothing], [zeros], zeros),
-        helper.make_node("Add", [token, zeros], [output], output),
-    ]
-
-
-def _replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
-    """Set a graph's nodes, without those and without constants that nothing reads."""
-    read = {item.name for item in graph.output}
-    kept = []
-    for node in reversed(nodes):
-        if read.intersection(node.output):
-            kept.append(node)
-            read.update(node.input)
-    constants = [item for item in graph.initializer if item.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(kept))
-    graph.initializer.extend(constants)
 
 
 def weights_of_float_layers(model: onnx.ModelProto) -> set[str]:
