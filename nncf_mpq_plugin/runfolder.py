@@ -231,6 +231,8 @@ def locked(path: str | Path) -> Iterator[None]:
             yield
         finally:
             _locks.discard(file)
+            if not file.closed:  # as it is in a forked child; one that has just begun may still have it open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 _locks: set[IO[str]] = set()

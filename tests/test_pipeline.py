@@ -37,7 +37,7 @@ from nncf_mpq_plugin.batches import split_batch
 from nncf_mpq_plugin.cli import main
 from nncf_mpq_plugin.networks import digits_resnet
 from nncf_mpq_plugin.pipeline import STAGES
-from nncf_mpq_plugin.runfolder import locked
+from nncf_mpq_plugin.runfolder import _locks, locked
 from nncf_mpq_plugin.types import ImportanceTable, LayerBits, read_json
 
 
@@ -264,6 +264,17 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         pass
+
+
+def test_the_lock_ends_while_a_child_that_has_just_begun_has_the_file_open(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (file,) = _locks
+        copy = os.dup(file.fileno())
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.close(copy)
 
 
 def test_a_child_that_outlives_its_process_does_not_hold_the_lock(tmp_path: Path) -> None:
