@@ -101,23 +101,30 @@ PolicyOf = Callable[[str, Trained, Budget], tuple[Policy, float]]
 """(method, network, budget) -> the method's policy and the seconds that it took beyond joint training."""
 
 
-def trained(name: str, seed: int, data: cluttered_digits.Digits, output: Path) -> Trained:
-    """:return: from ``output`` where it is there."""
-    folder = output / f"{name}-{seed}"
+def floating(
+    name: str, seed: int, data: cluttered_digits.Digits, folder: Path
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """:return: the floating-point network, from ``folder`` where it is there, and its ``seconds`` and ``test``."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model, path = NETWORKS[name].make(), folder / "float.safetensors"
     if path.exists():
         tensors, state = load_state(path)
         restore_tensors(model, tensors)
-        model.eval()
-    else:
-        begin = time.process_time()
-        epochs = NETWORKS[name].float_epochs
-        train_float(model, data.train, FloatConfig(epochs, learning_rate=0.1, label_smoothing=0.1, seed=seed))
-        model.eval()
-        state = {"seconds": time.process_time() - begin, "test": accuracy(model, data, "test")}
-        save_state(path, model_tensors(model), state)
+        return model.eval(), state
+    begin = time.process_time()
+    epochs = NETWORKS[name].float_epochs
+    train_float(model, data.train, FloatConfig(epochs, learning_rate=0.1, label_smoothing=0.1, seed=seed))
+    model.eval()
+    state = {"seconds": time.process_time() - begin, "test": accuracy(model, data, "test")}
+    save_state(path, model_tensors(model), state)
+    return model, state
+
+
+def trained(name: str, seed: int, data: cluttered_digits.Digits, output: Path) -> Trained:
+    """:return: from ``output`` where it is there."""
+    folder = output / f"{name}-{seed}"
+    model, state = floating(name, seed, data, folder)
     seconds = {"float": state["seconds"]}
     calibration = [inputs for inputs, _ in Batches(data.train, seed=seed).take(256)]
     quantized = place(model, calibration[0][:1], calibration, bits=BITS)
