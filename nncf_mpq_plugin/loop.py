@@ -113,7 +113,7 @@ class Loop:
 
         :param compute_gradients: (input, target, step) -> the losses by pass, after ``backward`` was called on them.
         :raises TrainingError: if a loss, gradient or scale is no longer finite, or a scale explodes. The saved state
-            is a good one; after a loss or gradient that is not finite, the model is as it was before that step.
+            is a good one; after a loss or gradient that is not finite, parameters are as they were before that step.
         :raises InterruptedRun: on Ctrl-C, after saving.
         :raises InputError: if the saved state belongs to another model, configuration or amount of data.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from nncf_mpq_plugin.cli import _parser
 from nncf_mpq_plugin.config import Config
 from nncf_mpq_plugin.config_keys import SCHEMA
+from nncf_mpq_plugin.joint import JointConfig
 from nncf_mpq_plugin.schema import Key
 
 ROOT = Path(__file__).parent.parent
@@ -141,3 +143,16 @@ def test_how_it_works_names_code_that_exists() -> None:
         last = name.rsplit(".", 1)[-1]
         known = last in defined or any(key == name or key.endswith(f".{name}") for key in key_paths(SCHEMA))
         assert known or name in keys or name.endswith((".json", ".quantize", ".py")), name
+
+
+def test_every_setting_of_joint_training_has_its_default_and_source() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text[text.index("| key | default | source of the default |") :].split("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    assert all(len(row) == 3 and all(row) for row in rows)
+    named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row[0])}
+    assert named == {field.name for field in dataclasses.fields(JointConfig)} - {"seed"}
+    for key, default, _ in rows:
+        if re.fullmatch(r"[\d.e-]+", default):
+            name = re.findall(r"`([a-z_]+)`", key)[0]
+            assert float(default) == getattr(JointConfig(), name), name

@@ -10,11 +10,19 @@ from small_net import data, small_model
 from torch import nn
 
 from nncf_mpq_plugin.batches import Batches, derived_seed
+from nncf_mpq_plugin.checkpoint import STATE_FILE, load_state
 from nncf_mpq_plugin.errors import ConfigError, InputError, InterruptedRun, TrainingError
 from nncf_mpq_plugin.importance import importance_from_scales
 from nncf_mpq_plugin.joint import JointConfig, JointResult, select_random, train_jointly
-from nncf_mpq_plugin.loop import _FusedSGD
-from nncf_mpq_plugin.training import evaluate, named_quantizers, reestimate_batch_norm
+from nncf_mpq_plugin.loop import _FusedSGD, make_optimizer
+from nncf_mpq_plugin.training import (
+    cross_entropy,
+    evaluate,
+    named_quantizers,
+    output_distance,
+    quantizers_off,
+    reestimate_batch_norm,
+)
 
 CONFIG = JointConfig(epochs=2, data_fraction=1.0)
 
@@ -53,16 +61,19 @@ def test_schedule_goes_from_high_to_low_and_ends_with_random_bits():
 
 
 def test_gradients_are_the_sum_over_the_passes():
-    """The optimizer sees exactly what separate backward passes add up to, clipped at 1."""
+    """The optimizer sees exactly what separate backward passes add up to, clipped element by element."""
+    assert CONFIG.gradient_clip == 1  # as published
+    clip = 0.25
     config = dataclasses.replace(
         CONFIG, epochs=1, label_smoothing=0.0, batch_norm="shared", momentum=0.0, weight_decay=0.0
     )
-    config = dataclasses.replace(config, nesterov=False)
+    config = dataclasses.replace(config, nesterov=False, gradient_clip=clip)
     loader = [next(iter(data()))]
     quantized, twin = small_model(), small_model()
     train_jointly(quantized, loader, config)
     inputs, targets = loader[0]
     twin.model.train()
+    gradients = []
     for bits in (4, 3, 2, None):
         if bits is None:
             select_random(twin, derived_seed(config.seed, 1, 0))
@@ -72,7 +83,9 @@ def test_gradients_are_the_sum_over_the_passes():
     with torch.no_grad():
         for parameter in twin.model.parameters():
             if parameter.grad is not None:
-                parameter -= config.learning_rate * parameter.grad.clamp(-1, 1)
+                gradients.append(parameter.grad.abs().max().item())
+                parameter -= config.learning_rate * parameter.grad.clamp(-clip, clip)
+    assert max(gradients) > 2 * clip
     for (name, one), other in zip(quantized.model.named_parameters(), twin.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -119,23 +132,38 @@ def test_model_is_left_at_the_highest_bits_in_evaluation_mode():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in quantized.model.parameters())
 
 
-def test_switched_statistics_are_those_of_their_bit_width():
-    """With separate statistics the model ends with the highest bit width's own; shared ones end with a mixture."""
+def test_switched_statistics_are_those_of_their_bit_width(tmp_path):
+    """
+    Each pass has its own, the random one too.
+
+    With separate statistics the model ends with the highest bit width's own; shared ones end with a mixture.
+    """
     results = {}
     for mode in ("switched", "shared", "frozen"):
         quantized = small_model()
         before = quantized.model.bn2.running_var.clone()
-        train_jointly(quantized, data(), dataclasses.replace(CONFIG, batch_norm=mode, learning_rate=1e-9))
+        config = dataclasses.replace(CONFIG, batch_norm=mode, learning_rate=1e-9)
+        train_jointly(quantized, data(), config, state_dir=tmp_path / mode)
         results[mode] = quantized.model.bn2.running_var.clone()
         assert torch.equal(results[mode], before) == (mode == "frozen")
-    reference = small_model()
-    reference.model.train()
-    reference.select_uniform(4)
-    with torch.no_grad():
-        for epoch in range(2):
-            for inputs, _ in Batches(data()).epoch(epoch):
-                reference.model(inputs)
-    torch.testing.assert_close(results["switched"], reference.model.bn2.running_var, rtol=1e-4, atol=1e-6)
+    saved, _ = load_state(tmp_path / "switched" / STATE_FILE)
+    for bits in (4, 3, 2, "random"):
+        reference = small_model()
+        reference.model.train()
+        step = 0
+        with torch.no_grad():
+            for epoch in range(2):
+                for inputs, _ in Batches(data()).epoch(epoch):
+                    if bits == "random":
+                        select_random(reference, derived_seed(CONFIG.seed, 1, step))
+                    else:
+                        reference.select_uniform(bits)
+                    reference.model(inputs)
+                    step += 1
+        names = [name for name, module in reference.model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        kept = saved[f"extra/{bits}/{names.index('bn2')}/running_var"]
+        torch.testing.assert_close(kept, reference.model.bn2.running_var, rtol=1e-4, atol=1e-6)
+        assert torch.equal(kept, results["switched"]) == (bits == 4)
     assert not torch.allclose(results["shared"], results["switched"], rtol=1e-3)
 
 
@@ -170,26 +198,66 @@ def test_label_free_reads_no_targets():
         train_jointly(small_model(), loader, CONFIG)
 
 
-def test_distillation_changes_all_passes_but_the_first():
-    plain = train_jointly(small_model(), data(), dataclasses.replace(CONFIG, epochs=1))
-    distilled = train_jointly(small_model(), data(), dataclasses.replace(CONFIG, epochs=1, distillation=0.5))
-    assert plain.history.losses["4"][0] == distilled.history.losses["4"][0]
+@pytest.mark.parametrize("change", [{"distillation": 0.3}, {"label_free": True}], ids=["in place", "label-free"])
+def test_the_teacher_is_the_highest_bit_pass_or_the_floating_point_model(change):
+    """Losses of the first step, pass by pass; without labels the highest bits learn from the teacher as well."""
+    loader = [next(iter(data()))]
+    config = dataclasses.replace(CONFIG, epochs=1, **change)
+    losses = train_jointly(small_model(), loader, config).history.losses
+    twin, (inputs, targets) = small_model(), loader[0]
+    with quantizers_off(twin.model), torch.no_grad():
+        floating = twin.model(inputs)
+    twin.model.train()
+    twin.select_uniform(4)
+    highest = twin.model(inputs)
+    assert not torch.allclose(highest, floating, rtol=0.01)
+
+    def expected(output, first=False):
+        if config.label_free:
+            return output_distance(output, floating)
+        task = cross_entropy(config.label_smoothing)(output, targets)
+        return task if first else 0.3 * output_distance(output, highest) + 0.7 * task
+
+    torch.testing.assert_close(losses["4"][0], expected(highest, first=True).item())
     for name in ("3", "2", "random"):
-        assert distilled.history.losses[name][0] < plain.history.losses[name][0]
+        if name == "random":
+            select_random(twin, derived_seed(config.seed, 1, 0))
+        else:
+            twin.select_uniform(int(name))
+        torch.testing.assert_close(losses[name][0], expected(twin.model(inputs)).item())
 
 
-def test_scales_without_gradient_do_not_move():
-    """A quantizer whose input never leaves zero gets no gradient; momentum and decay must not move its scale."""
+def test_what_has_no_gradient_does_not_move():
+    """Behind a layer that has died in the first step, neither momentum nor weight decay moves scales or weights."""
+    quantized = dataclasses.replace(small_model(), positive=())
+    model = quantized.model
+    watched = [model.q_pointwise.scale(3), model.w["pointwise"].scale(3), model.pointwise.weight, model.head.weight]
+    kept = []
+
+    def progress(step, *_):
+        if step == 1:
+            kept.extend(parameter.detach().clone() for parameter in watched)
+            with torch.no_grad():
+                model.bn1.weight.zero_()
+                model.bn1.bias.fill_(-1)
+
+    config = dataclasses.replace(CONFIG, epochs=1, weight_decay=0.1)
+    start = [parameter.detach().clone() for parameter in watched]
+    train_jointly(quantized, data(), config, progress=progress)
+    assert not any(torch.equal(before, parameter) for before, parameter in zip(start, kept, strict=True))
+    assert [torch.equal(*pair) for pair in zip(watched, kept, strict=True)] == [True, True, True, False]
+
+
+def test_weights_alone_decay_and_scales_have_their_own_rates():
     quantized = small_model()
-    with torch.no_grad():
-        quantized.model.bn1.weight.zero_()
-        quantized.model.bn1.bias.fill_(-1)
-    quantized = dataclasses.replace(quantized, positive=())
-    before = quantized.model.q_pointwise.scale(3).item()
-    moving = quantized.model.q_depthwise.scale(3).item()
-    train_jointly(quantized, data(), dataclasses.replace(CONFIG, epochs=1, weight_decay=0.1))
-    assert quantized.model.q_pointwise.scale(3).item() == before
-    assert quantized.model.q_head.scale().item() != moving
+    config = JointConfig(scale_learning_rate=0.004, scale_bit_decay=0.5, learning_rate=0.02, weight_decay=0.1)
+    names = ("learning_rate", "scale_learning_rate", "scale_bit_decay", "momentum", "weight_decay", "nesterov")
+    optimizer = make_optimizer(quantized, "sgd", **{name: getattr(config, name) for name in names})
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in quantized.model.named_parameters():
+        rates = {"2": (0.001, 0.0), "3": (0.002, 0.0), "4": (0.004, 0.0), "8": (0.004, 0.0)}
+        expected = rates[name.rsplit(".", 1)[1]] if ".scales." in name else (0.02, 0.1 if parameter.dim() > 1 else 0.0)
+        assert found[id(parameter)] == pytest.approx(expected), name
 
 
 def test_momentum_starts_with_a_parameters_first_gradient():
@@ -274,20 +342,28 @@ def test_state_of_other_settings_is_refused(tmp_path):
         train_jointly(small_model(width=12), data(), CONFIG, state_dir=tmp_path)
 
 
-def test_divergence_names_layer_bits_and_step_and_keeps_the_last_good_state(tmp_path):
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (float("nan"), "the loss of pass '2' is nan; the 2-bit scale of 'left.weight' is not finite"),
+        (1e9, "the 2-bit scale of 'left.weight' went from"),
+    ],
+    ids=["NaN", "exploded"],
+)
+def test_divergence_names_layer_bits_and_step_and_keeps_the_last_good_state(tmp_path, value, found):
     quantized = small_model()
     calls = []
 
     def poison(*_):
         calls.append(1)
         if len(calls) == 3 * 4 + 1:
-            quantized.model.w["left"].scale(2).data.fill_(float("nan"))
+            quantized.model.w["left"].scale(2).data.fill_(value)
 
     quantized.model.register_forward_pre_hook(poison)
     with pytest.raises(TrainingError) as caught:
         train_jointly(quantized, data(), CONFIG, state_dir=tmp_path, save_every=1)
     message = str(caught.value)
-    assert "Training diverged at step 4: the loss of pass '2' is nan; the 2-bit scale of 'left.weight' is" in message
+    assert f"Training diverged at step 4: {found}" in message
     assert "scale_learning_rate" in message
     assert str(tmp_path) in message
     resumed, whole = small_model(), small_model()
@@ -302,6 +378,18 @@ def test_values_that_overflow_are_located():
         quantized.model.bn1.bias.fill_(float("nan"))
     with pytest.raises(TrainingError, match=r"loss of pass '4' is nan; .* reach 'pointwise.activation' \(at 4 bits\)"):
         train_jointly(quantized, data(), CONFIG)
+
+
+def test_gradients_that_are_not_finite_are_located_and_change_nothing():
+    quantized = small_model()
+    before = {name: parameter.clone() for name, parameter in quantized.model.named_parameters()}
+
+    def loss(output, target):  # finite, with an infinite slope
+        return (output - output.detach()).abs().sum().sqrt()
+
+    with pytest.raises(TrainingError, match=r"step 1: the gradient of the \d-bit scale of '.*' is not finite"):
+        train_jointly(quantized, data(), CONFIG, loss_fn=loss)
+    assert_equal(before, dict(quantized.model.named_parameters()))
 
 
 def test_exploding_scale_is_named():

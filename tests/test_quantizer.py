@@ -84,11 +84,12 @@ def test_memory_layout_does_not_matter(layout):
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
-def test_gradcheck_on_the_clipped_pieces(per_channel):
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+def test_gradcheck_on_the_clipped_pieces(signed, per_channel):
     """Where everything is clipped, the output is linear in the scale and constant in x: gradients are true ones."""
     x = torch.tensor([[9.0, -9.0, 12.0], [-20.0, 30.0, 8.0]], dtype=torch.float64, requires_grad=True)
     scale = torch.full((2, 1) if per_channel else (1,), 0.7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, s: lsq_quantize(a, s, -4, 3), (x, scale))
+    assert torch.autograd.gradcheck(lambda a, s: lsq_quantize(a, s, *integer_range(3, signed)), (x, scale))
 
 
 def both_ways(x, scale, low, high, grad, monkeypatch):
