@@ -417,3 +417,13 @@ def test_a_scale_changes_by_a_tenth_in_a_step_at_most():
             changes += [after / before for before, after in itertools.pairwise(curve)]
     assert 0.9 - 1e-5 <= min(changes) < 0.91
     assert 1.09 < max(changes) <= 1.1 + 1e-5
+
+
+def test_switched_and_shared_statistics_train_the_same_scales_and_weights():
+    """A pass in training uses its batch's statistics; what differs is the running ones that are left."""
+    trained = {}
+    for mode in ("switched", "shared"):
+        quantized = small_model()
+        train_jointly(quantized, data(), dataclasses.replace(CONFIG, batch_norm=mode))
+        trained[mode] = {name: parameter.detach() for name, parameter in quantized.model.named_parameters()}
+    assert_equal(trained["switched"], trained["shared"])
