@@ -280,6 +280,7 @@ def finetune(
         config.seed,
         device,
         fingerprint={"stage": "fine-tuning", **asdict(config), "policy": _bits_of(policy)},
+        defaults=asdict(FinetuneConfig()),
         gradient_clip=config.gradient_clip,
         warmup_epochs=config.warmup_epochs,
         state_dir=state_dir,

@@ -75,6 +75,7 @@ class LegacyModel(QuantizedModel):
     :param natives: NNCF's quantizer id -> NNCF's quantizer.
     :param dropped: ids of NNCF's quantizers that are left out.
     :param unread: names of layers whose input is not quantized; they are neither trained nor counted.
+    :param several: names of layers that are called behind several quantizers; they are not searched.
     :param equal: groups of quantizer ids that get one bit width.
     :param equal_groups: layer name -> activation group that holds every layer of such a group.
     """
@@ -83,6 +84,7 @@ class LegacyModel(QuantizedModel):
     natives: Mapping[Any, nn.Module] = None  # type: ignore[assignment]
     dropped: tuple[Any, ...] = ()
     unread: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     equal: tuple[tuple[Any, ...], ...] = ()
     equal_groups: Mapping[str, str] = field(default_factory=dict)
 
@@ -207,6 +209,7 @@ def place(
         natives=natives,
         dropped=tuple(dropped),
         unread=unread,
+        several=tuple(site.name for site in sites if len(site.activations) > 1),
         equal=joined,
         equal_groups=equal_groups,
     )

@@ -12,7 +12,7 @@ import openvino
 import pytest
 import torch
 import torchvision
-from compressing import Concat, Depthwise, Net, Transposed, compress, config, data
+from compressing import Concat, Depthwise, Net, Repeated, Transposed, compress, config, data
 from torch import nn
 
 from nncf_mpq_plugin import deploy
@@ -138,6 +138,26 @@ def test_layers_without_integer_kernels_keep_their_grid(tmp_path) -> None:
     controller, _ = trained(tmp_path, Transposed(), bits=[2, 4], fixed_bits={})
     frozen, _ = check_exported(controller, tmp_path)
     assert frozen.up.weight.unique().numel() <= 16
+
+
+def test_a_layer_behind_several_quantizers(tmp_path) -> None:
+    controller, _ = trained(tmp_path, Repeated(bias=False), type="none")
+    check_exported(controller, tmp_path)
+    controller, _ = trained(tmp_path, Repeated(bias=True), type="none")
+    message = r"\[twice\] has a bias and is called behind .* \(of Repeated/relu_0, Repeated/__mul___0\)"
+    with pytest.raises(UnsupportedModelError, match=message):
+        nncf2.freeze(controller)
+
+
+def test_every_call_of_a_layer_gets_room(tmp_path) -> None:
+    """With the first call's input at 4 bits and the second's at 8, products saturate in the second only."""
+    manual = {"type": "manual", "bitwidth_per_scope": [[4, "Repeated/relu_0|OUTPUT"]]}
+    model = Repeated(bias=False)
+    with torch.no_grad():
+        model.twice.weight.copy_(model.twice.weight.abs().max() * model.twice.weight.sign())
+    controller, _ = compress(model, config(tmp_path, **manual))
+    frozen = nncf2.freeze(controller)
+    assert native_quantizers(frozen)["pre_hooks.twice/conv2d/0__1.0"].level_high == 63
 
 
 def test_what_cannot_be_exported(tmp_path) -> None:
