@@ -114,6 +114,19 @@ def data(samples: int = 24, size: int = SIZE, classes: int = CLASSES) -> DataLoa
     return DataLoader(TensorDataset(images, targets), batch_size=8)
 
 
+def settled(model: nn.Module, loader: DataLoader) -> nn.Module:
+    """:return: the model with the statistics of the data in its batch norms; else a deep one's activations vanish."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over batches
+    with torch.no_grad():
+        for images, _ in loader:
+            model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model
+
+
 def config(folder: Any, size: int = SIZE, device: str = "TRIAL", extra: Any = None, **precision: Any) -> dict[str, Any]:
     """:return: a config that is trained in a few steps; ``precision`` are keys of ``initializer.precision``."""
     training = {"epochs": 1, "data_fraction": 1.0, "scale_learning_rate": 1e-4}
