@@ -238,7 +238,7 @@ def _fold(frozen: Any, nodes: Mapping[str, Any], norms: Mapping[str, Any]) -> di
         bias = torch.zeros_like(step) if module.bias is None else module.bias.double()
         norm = norms.get(node)
         if norm is not None:
-            factor, offset = affine(norm)
+            factor, offset = affine(norm, f"behind {node}")
             bias = bias * factor + offset
             integers *= factor.sign().reshape(columns)  # a factor of 0 makes the integers 0, at any step
             step *= torch.where(factor == 0, 1.0, factor.abs())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nncf_mpq_plugin.errors import ConfigError, UnsupportedModelError
 from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel, resolve_fixed
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer
+from nncf_mpq_plugin.training import observe
 from nncf_mpq_plugin.types import ImportanceTable, LayerBits, LayerCost
 
 STORED_BITS = 8  # of a tensor that no weighted layer reads, and of layers that cannot be searched
@@ -113,12 +114,7 @@ class LegacyModel(QuantizedModel):
         :param batches: inputs.
         :raises UnsupportedModelError: if a quantizer is not met in a forward pass.
         """
-        for module in self.modules.values():
-            module.start_observing()
-        device = next(self.model.parameters()).device
-        with torch.no_grad():
-            for batch in batches:
-                self.model(batch.to(device))
+        observe(self.model, self.modules.values(), batches)
         for key, module in self.modules.items():
             try:
                 module.finish_observing()
