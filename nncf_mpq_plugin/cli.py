@@ -357,7 +357,7 @@ def _verify(options: argparse.Namespace, out: Console) -> dict[str, Any]:
     value: dict[str, Any] = report.to_json() if report else read_json(pipeline.folder.file("verify.json"))
     _quiet_for_json(options, out).print(tables.verification_table(value))
     if report:
-        report.check()
+        report.check(export="nncf-mpq export")
     return value
 
 

@@ -28,6 +28,7 @@ from nncf_mpq_plugin.training import (
     floating_point_copy,
     freeze_batch_norm,
     named_quantizers,
+    observe,
     output_distance,
 )
 from nncf_mpq_plugin.types import Policy
@@ -173,11 +174,8 @@ def _initialize_scales(
     """See :func:`reduce_to_policy`; at every bit width that the quantizers have."""
     from_statistics = initialization == "statistics"
     observed = [quantizer for quantizer in quantizers if quantizer.weight or from_statistics]
-    for quantizer in observed:
-        quantizer.start_observing()
-    with torch.no_grad(), evaluation_mode(quantized.model):
-        for batch in calibration if from_statistics else calibration[:1]:
-            quantized.model(batch.to(device_of(quantized.model)))
+    with evaluation_mode(quantized.model):
+        observe(quantized.model, observed, calibration if from_statistics else calibration[:1])
     for quantizer in observed:
         trained = {bits: scale.detach().clone() for bits, scale in quantizer.scales.items()}
         values = quantizer.observed_values()
@@ -280,6 +278,7 @@ def finetune(
         config.seed,
         device,
         fingerprint={"stage": "fine-tuning", **asdict(config), "policy": _bits_of(policy)},
+        defaults=asdict(FinetuneConfig()),
         gradient_clip=config.gradient_clip,
         warmup_epochs=config.warmup_epochs,
         state_dir=state_dir,

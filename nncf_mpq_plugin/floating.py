@@ -87,6 +87,7 @@ def train_float(
         config.seed,
         device,
         fingerprint={"stage": "floating-point training", **asdict(config)},
+        defaults=asdict(FloatConfig()),
         gradient_clip=None,
         warmup_epochs=config.warmup_epochs,
         state_dir=state_dir,

@@ -244,6 +244,7 @@ def train_jointly(
             config.seed,
             device,
             fingerprint={"stage": "joint training", **asdict(config), "bits": list(quantized.bits)},
+            defaults=asdict(JointConfig()),
             gradient_clip=config.gradient_clip,
             extra=statistics.tensors(),
             state_dir=state_dir,

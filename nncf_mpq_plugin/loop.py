@@ -78,6 +78,7 @@ class Loop:
     :param epochs: passes over the batches.
     :param seed: decides everything random in a step.
     :param fingerprint: JSON-serialisable values that a saved state must share to be continued.
+    :param defaults: what those have that a state does not name, as it was saved before there were such settings.
     :param gradient_clip: gradients are clipped to [-clip, clip] element by element; None for no clipping.
     :param warmup_epochs: epochs over which the learning rate rises linearly.
     :param final_rate: share of the learning rate that the cosine ends in.
@@ -100,6 +101,7 @@ class Loop:
     warmup_epochs: float = 0.0
     final_rate: float = 0.0
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     state_dir: Path | None = None
     save_every: int = 50
     records: int = 50
@@ -260,7 +262,7 @@ class Loop:
         if path is None or not path.exists():
             return 0, {}, History(), False
         tensors, values = load_state(path)
-        own, saved = self._fingerprint(), values.get("fingerprint", {})
+        own, saved = self._fingerprint(), {**self.defaults, **values.get("fingerprint", {})}
         differing = [key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key)]
         if differing:
             changes = ", ".join(f"{key}: {saved.get(key)!r} then, {own.get(key)!r} now" for key in sorted(differing))

@@ -424,7 +424,7 @@ class Pipeline:
         """
         report = self.agreement(self.folder.file("deploy"))
         write_json(self.folder.file(VERIFICATION), report.to_json())
-        report.check()
+        report.check(export=f"nncf-mpq export {self.folder.path}")
 
     def agreement(self, exported: str | Path) -> VerifyReport:
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from nncf_mpq_plugin.allocation.constraints import TENSORS, BitsConstraint
 from nncf_mpq_plugin.costs import LatencyTable
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.outliers import OUT_OF_ORDER
-from nncf_mpq_plugin.types import Budget, ImportanceTable
+from nncf_mpq_plugin.types import Budget, ImportanceTable, Policy
 
 BUDGET_OPTIONS = {
     "average-weight-bits": "average bits of weights; with --average-activation-bits, the BitOps of that uniform policy",
@@ -106,7 +107,8 @@ def asks_for_another_search(options: argparse.Namespace) -> bool:
 
 def request_of(options: argparse.Namespace) -> Request:
     """
-    Read the files and limits that the options name; what they leave out comes from the run's config, if it is a run.
+    Read the files and limits that the options name; what they leave out comes from the run's config, if it is a run,
+    and an ``alpha`` that the config leaves out from the run's policy.
 
     :raises InputError: for a file or a limit that cannot be read.
     """
@@ -118,7 +120,8 @@ def request_of(options: argparse.Namespace) -> Request:
         folder = RunFolder.open(path)
         folder.refuse_another_config()
         path, config = folder.file("importance.json"), folder.config
-        alpha, rule, budget = config.alpha, config.out_of_order, config.budget
+        rule, budget = config.out_of_order, config.budget
+        alpha = _recorded_alpha(folder.file("policy.json")) if config.alpha is None else config.alpha
         latency_path = latency_path or config.latency_table
         constraints = [*(BitsConstraint(**limits) for limits in config.constraints), *constraints]
     limits = budgets_of(options)
@@ -132,6 +135,14 @@ def request_of(options: argparse.Namespace) -> Request:
         "latency": None if latency_path is None else LatencyTable.load(latency_path),
     }
     return Request(ImportanceTable.load(path), budget, arguments)
+
+
+def _recorded_alpha(policy: Path) -> float | None:
+    """:return: what the run's policy was found with, since the default was another in earlier versions."""
+    with contextlib.suppress(InputError):
+        recorded = Policy.load(policy).summary.get("alpha")
+        return recorded if isinstance(recorded, float) else None
+    return None  # there is none yet, or it cannot be read
 
 
 def budgets_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -51,6 +51,20 @@ def main_output(output: Any) -> Tensor:
     raise InputError(msg)
 
 
+def observe(model: nn.Module, quantizers: Iterable[MultiBitQuantizer], batches: Iterable[Tensor]) -> None:
+    """
+    Let quantizers see the values of a model that they leave as they are; each has to finish observing afterwards.
+
+    :param batches: inputs.
+    """
+    for quantizer in quantizers:
+        quantizer.start_observing()
+    device = device_of(model)
+    with torch.no_grad():
+        for batch in batches:
+            model(batch.to(device))
+
+
 def cross_entropy(label_smoothing: float = 0.0) -> LossFunction:
     """:return: (output, target) -> mean cross entropy; targets are class indices ``[B]`` or probabilities."""
 

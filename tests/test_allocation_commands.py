@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from collections.abc import Callable
@@ -10,12 +11,16 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from runs import write_tiny
 
 from nncf_mpq_plugin.allocation import BitsConstraint, explain, objective_of, pareto, search, what_if
 from nncf_mpq_plugin.cli import main
 from nncf_mpq_plugin.comparison import METHODS, policy_by_name
+from nncf_mpq_plugin.config import Config
 from nncf_mpq_plugin.costs import LatencyTable, limits_of
 from nncf_mpq_plugin.errors import InfeasibleBudgetError, InputError
+from nncf_mpq_plugin.runfolder import RunFolder
+from nncf_mpq_plugin.search_options import add_search_options, request_of
 from nncf_mpq_plugin.tables import binding_table, steps_table
 from nncf_mpq_plugin.types import AverageBits, Budget, ImportanceTable, Policy
 
@@ -308,6 +313,24 @@ SENSELESS = {
     "layer twice": (_set("layers", 1, "name", "net.a"), "'net.a' appears twice"),
     "no weights": (_set("layers", 1, "weights", 0), "layers[1].weights: expected a positive integer"),
 }
+
+
+def test_a_runs_alpha_is_the_one_that_its_policy_was_found_with(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    RunFolder.create(folder, Config.load(write_tiny(tmp_path)))
+    TABLE.save(folder / "importance.json")
+    parser = argparse.ArgumentParser()
+    add_search_options(parser)
+
+    def alpha(*options: str) -> float | None:
+        return request_of(parser.parse_args([str(folder), *options])).arguments["alpha"]
+
+    assert alpha() is None
+    search(TABLE, BUDGET, alpha=0.7).policy.save(folder / "policy.json")
+    assert alpha() == 0.7
+    assert alpha("--alpha", "3") == 3
+    (folder / "policy.json").write_text("{")
+    assert alpha() is None
 
 
 @pytest.mark.parametrize("command", [["search"], ["pareto"], ["explain"], ["what-if"]], ids=lambda c: c[0])

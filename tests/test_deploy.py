@@ -13,7 +13,7 @@ import torch
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
 from damage import negate_weights  # noqa: E402
-from networks import Branches, Residual, prepared  # noqa: E402
+from networks import Branches, Dense, Residual, prepared  # noqa: E402
 from torchvision.models import VisionTransformer  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
@@ -185,6 +185,18 @@ def test_freezing_after_training_that_diverged_is_refused():
         nncf3.freeze(quantized)
 
 
+@pytest.mark.parametrize("network", [Residual, Dense], ids=["folded", "not folded"])
+def test_batch_norms_that_are_no_numbers_are_named(network):
+    data = batches(1)
+    quantized = nncf3.place(prepared(network), data[0], data, bits=(2, 4))
+    kept = list(quantized.norms.items())
+    assert bool(kept) == (network is Dense)
+    name = kept[0][1] if kept else "block1.bn1"
+    quantized.model.get_submodule(name).running_var.fill_(math.nan)
+    with pytest.raises(UnsupportedModelError, match=f"batch norm '{(kept[0][0] if kept else name)}' has weights or"):
+        nncf3.freeze(quantized)
+
+
 def test_batch_size_is_free(exported):
     compiled = compile_exactly(exported[2] / "model.xml")
     assert compiled({0: np.zeros((3, 3, 16, 16), np.float32)})[0].shape == (3, 10)
@@ -232,7 +244,7 @@ def test_disagreement_is_found_and_its_layer_named(exported, tmp_path, index):
         assert runtime.divergence.share > 0.001 > runtime.divergence.own_share
         assert runtime.divergence.expected != runtime.divergence.got
     with pytest.raises(
-        VerificationError, match=rf"ONNX Runtime.*first diverges in layer [^(]*{layer}.*nncf-mpq export"
+        VerificationError, match=rf"ONNX Runtime.*first diverges in layer [^(]*{layer}.*again with deploy.export"
     ):
         report.check()
 

@@ -58,6 +58,7 @@ def test_a_damaged_model_is_exit_code_4_and_its_layer_is_named(
     assert "fails" in out
     assert f"it first diverges in layer {layer} (tensor" in err
     assert "of the elements are off" in err
+    assert "Write it again with nncf-mpq export;" in " ".join(err.split())
     code, out, _ = command(capsys, "verify", finished, "--model", tmp_path / "damaged.onnx", "--json")
     assert code == 4
     failure = json.loads(out)

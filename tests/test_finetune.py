@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_net import data, small_model
 
+from nncf_mpq_plugin.checkpoint import STATE_FILE, load_state, save_state
 from nncf_mpq_plugin.errors import ConfigError, InputError
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, reduce_to_policy, with_fine_tuned_granularity
 from nncf_mpq_plugin.loop import Loop
@@ -143,6 +144,18 @@ def test_interrupted_fine_tuning_ends_bit_for_bit_the_same(tmp_path):
     other_policy = Policy({**POLICY.layers, "left": LayerBits(4, 2)})
     with pytest.raises(InputError, match="policy"):
         finetune(small_model(dropout=0.3), other_policy, data(), config, state_dir=tmp_path)
+
+
+def test_a_state_from_before_a_setting_existed_goes_on(tmp_path):
+    finetune(small_model(), POLICY, data(), CONFIG, state_dir=tmp_path)
+    tensors, values = load_state(tmp_path / STATE_FILE)
+    del values["fingerprint"]["batch_norm"]
+    save_state(tmp_path / STATE_FILE, tensors, values)
+    with pytest.raises(InputError, match="batch_norm: 'trained' then, 'frozen' now"):
+        finetune(small_model(), POLICY, data(), dataclasses.replace(CONFIG, batch_norm="frozen"), state_dir=tmp_path)
+    calls = []
+    finetune(small_model(), POLICY, data(), CONFIG, state_dir=tmp_path, progress=lambda *_: calls.append(1))
+    assert not calls  # it was at its end
 
 
 def test_learning_rate_warms_up_and_falls(monkeypatch):

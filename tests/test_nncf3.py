@@ -258,3 +258,18 @@ def test_a_batch_norm_of_two_layers_is_not_folded():
         expected = quantized.model(data)
         frozen = nncf3.freeze(copy.deepcopy(quantized))
         assert (frozen(data) - expected).abs().max() < 0.1 * expected.std()
+
+
+def test_a_convolution_that_is_called_twice_is_refused():
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.twice = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            x = self.twice(self.stem(x).relu()).relu() * 3
+            return self.twice(x).mean((2, 3))
+
+    data = inputs()
+    with pytest.raises(UnsupportedModelError, match="its weight 'twice' is used by another operation as well"):
+        nncf3.place(Repeated().eval(), data[0], data, bits=(2, 4))

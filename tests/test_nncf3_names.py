@@ -108,6 +108,7 @@ def test_objects_have_the_attributes() -> None:
         "SymmetricQuantizer": quantizer,
         "FunctionHookMode": mode,
         "OpMeta": OpMeta("", torch.relu),
+        "ForwardWithHooks": quantized.forward,
     }
     for owner, names in ATTRIBUTES.items():
         for name in names:

@@ -17,6 +17,8 @@ from networks import (  # noqa: E402
     SqueezeExcite,
     prepared,
 )
+from nncf.torch.function_hook import register_post_function_hook  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.overrides import _get_current_function_mode_stack  # noqa: E402
 
 NETWORKS = (Residual, Branches, Inverted, Dense, Merged, SqueezeExcite, Attention)
@@ -49,6 +51,13 @@ def test_outputs_and_gradients_are_those_of_nncfs_own_passes(network):
     assert shared.keys() == own.keys()
     for name, value in own.items():
         assert torch.equal(shared[name], value), name
+
+
+def test_hooks_on_parameters_are_not_passed_over():
+    quantized, _ = placed(Residual)
+    register_post_function_hook(quantized.model, "stem.weight", 0, nn.Identity())
+    with pytest.raises(AssertionError, match="hooks on parameters"):
+        quantized.several_passes()
 
 
 def test_the_model_is_as_before_afterwards():

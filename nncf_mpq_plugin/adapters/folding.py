@@ -29,10 +29,21 @@ class Activation:
     highest: int
 
 
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """:return: factor and offset ``[C]`` of a batch norm in evaluation mode, in float64."""
+def affine(norm: Any, name: str) -> tuple[Tensor, Tensor]:
+    """
+    :param name: the batch norm's, for the message.
+    :return: factor and offset ``[C]`` of a batch norm in evaluation mode, in float64.
+    :raises UnsupportedModelError: if one is infinite or no number.
+    """
     factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return factor, norm.bias.double() - norm.running_mean.double() * factor
+    offset = norm.bias.double() - norm.running_mean.double() * factor
+    if not (torch.isfinite(factor) & torch.isfinite(offset)).all():
+        msg = (
+            f"The batch norm {name!r} has weights or statistics that are infinite or no numbers: training has "
+            "diverged. Train with a lower learning rate (fine_tuning.learning_rate, scale_learning_rate)."
+        )
+        raise UnsupportedModelError(msg)
+    return factor, offset
 
 
 def make_identity(norm: Any, bias: Tensor) -> None:
@@ -62,7 +73,7 @@ def place_steps(
     :param weights: weighted operation -> weight steps ``[out]`` as trained, of those that may move.
     :param norms: operation -> the batch norm's module, of those that no layer takes in; changed in place.
     :return: weighted operation -> weight steps ``[out]``, name of an activation quantizer -> step.
-    :raises UnsupportedModelError: if a step is zero, infinite or no number.
+    :raises UnsupportedModelError: if a step is zero, infinite or no number, or a batch norm's number is not finite.
     """
     steps = {quantizer.name: torch.tensor(quantizer.step) for quantizer in activations.values()} | dict(weights)
     for name, step in steps.items():
@@ -73,7 +84,8 @@ def place_steps(
             )
             raise UnsupportedModelError(msg)
     reads = read_sums(ops, {position: quantizer.name for position, quantizer in activations.items()})
-    factors = {op: affine(norm) for op, norm in norms.items() if op in reads.inputs}
+    affines = {op: affine(norm, op) for op, norm in norms.items()}
+    factors = {op: found for op, found in affines.items() if op in reads.inputs}
     movable = {op: step for op, step in weights.items() if op in reads.inputs}
     movable |= {op: factor.abs() for op, (factor, _) in factors.items()}
     quantizers = {quantizer.name: quantizer for quantizer in activations.values()}

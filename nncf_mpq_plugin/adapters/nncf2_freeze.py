@@ -8,6 +8,7 @@ be mended without training is mended here; docs/migrating-from-hawq.md says what
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nncf_mpq_plugin.adapters.base import POST_HOOKS, PRE_HOOKS
 from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
-from nncf_mpq_plugin.adapters.nncf2_graph import hook_name, operations, position_of, traced
+from nncf_mpq_plugin.adapters.nncf2_graph import hook_name, is_held, operations, position_of, traced
 from nncf_mpq_plugin.adapters.plan import Op, Position, before_additions, input_grids, reads_input
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 
@@ -114,8 +115,8 @@ def freeze(controller: Any) -> nn.Module:
     :param controller: what ``create_compressed_model`` returned beside the model, which is not changed.
     :return: a copy of the model on the CPU, in evaluation mode.
     :raises InputError: if it is not a controller of quantization.
-    :raises UnsupportedModelError: for quantizers that are asymmetric or have one scale per channel of activations, and
-        padding that was adjusted for an NPU.
+    :raises UnsupportedModelError: for quantizers that are asymmetric or have one scale per channel of activations,
+        padding that was adjusted for an NPU, and layers with a bias that are called behind several quantizers.
     """
     if not hasattr(controller, "non_weight_quantizers"):
         msg = f"{type(controller).__name__}: pass the controller that create_compressed_model returned."
@@ -142,16 +143,18 @@ def freeze(controller: Any) -> nn.Module:
     frozen.nncf.disable_dynamic_graph_building()
     with torch.no_grad():
         layers = _fold(frozen, nodes, {node: norms[norm] for node, norm in folded.items()})
-        _leave_room(layers, {node: [activations[position] for position in grids.get(node, ())] for node in layers})
+        calls = {node: _calls(frozen, node) for node in layers}
+        inputs = {node: [grids.get(call, ()) for call in calls[node]] for node in layers}
+        _leave_room(layers, inputs, activations)
+        powers = _powers_of_two(ops, activations)
         names = {native: hook_name(position) for position, native in reversed(activations.items())}
-        calls = Counter(id(frozen.nncf.get_containing_module(node)) for node in nodes)
         steps, found = place_steps(
             ops,
             {
-                position: Activation(names[native], float(_step(native)), native.level_high)
+                position: Activation(names[native], powers.get(native, float(_step(native))), native.level_high)
                 for position, native in activations.items()
             },
-            {node: layer.step for node, layer in layers.items() if calls[id(layer.module)] == 1},
+            {node: layer.step for node, layer in layers.items() if len(calls[node]) == 1},
             {norm: norms[norm] for norm in others},
         )
         storage: Any = nn.ModuleDict({PRE_HOOKS: nn.ModuleDict(), POST_HOOKS: nn.ModuleDict()})
@@ -166,8 +169,8 @@ def freeze(controller: Any) -> nn.Module:
             frozen.nncf.insert_at_point(place, _Call(_add(storage, position, quantizer)))
         for node, layer in layers.items():
             layer.step = steps.get(node, layer.step)
-            sources = {found[names[activations[position]]] for position in grids.get(node, ())}
-            quantizer = _write(layer, sources.pop() if len(sources) == 1 else None)
+            sources = [{p.op: found[names[activations[p]]] for p in positions} for positions in inputs[node]]
+            quantizer = _write(layer, _integer_input(node, layer, sources))
             layer.module.register_pre_forward_operation(
                 UpdateWeight(_Call(_add(storage, Position("pre", node, 1), quantizer)))
             )
@@ -190,6 +193,23 @@ def _activations(controller: Any, ops: Sequence[Op]) -> dict[Position, Any]:
             f"trained without them): the quantizers of {', '.join(position.op for position in dropped)}"
         )
     return {position: native for position, native in activations.items() if position not in dropped}
+
+
+def _powers_of_two(ops: Sequence[Op], activations: Mapping[Position, Any]) -> dict[Any, float]:
+    """
+    :return: NNCF's quantizers whose step ``learned_importance`` has made a power of two -> the one next to their step:
+        in a model that was restored from NNCF's state, weight decay moves it.
+    """
+    held = [position for position, native in activations.items() if is_held(native) and reads_input(position, ops)]
+    if all(is_held(native) for native in activations.values()):
+        return {}  # the config's own compression_lr_multiplier
+    steps = {activations[position]: float(_step(activations[position])) for position in held}
+    powers = {native: 2.0 ** round(math.log2(step)) if step > 0 else step for native, step in steps.items()}
+    if powers != steps:
+        nncf_logger.warning(
+            f"Weight decay has moved the step at the input to {[*steps.values()]}; exported at {[*powers.values()]}"
+        )
+    return powers
 
 
 def _fold(frozen: Any, nodes: Mapping[str, Any], norms: Mapping[str, Any]) -> dict[str, _Layer]:
@@ -218,7 +238,7 @@ def _fold(frozen: Any, nodes: Mapping[str, Any], norms: Mapping[str, Any]) -> di
         bias = torch.zeros_like(step) if module.bias is None else module.bias.double()
         norm = norms.get(node)
         if norm is not None:
-            factor, offset = affine(norm)
+            factor, offset = affine(norm, f"behind {node}")
             bias = bias * factor + offset
             integers *= factor.sign().reshape(columns)  # a factor of 0 makes the integers 0, at any step
             step *= torch.where(factor == 0, 1.0, factor.abs())
@@ -228,17 +248,25 @@ def _fold(frozen: Any, nodes: Mapping[str, Any], norms: Mapping[str, Any]) -> di
     return layers
 
 
-def _leave_room(layers: Mapping[str, _Layer], sources: Mapping[str, Sequence[Any]]) -> None:
+def _leave_room(
+    layers: Mapping[str, _Layer],
+    inputs: Mapping[str, Sequence[Sequence[Position]]],
+    activations: Mapping[Position, Any],
+) -> None:
     """
     Double the steps of weights whose products could saturate: CPUs without VNNI add two of them in 16 bits.
 
-    :param sources: weighted operation -> NNCF's quantizers of its input.
+    :param inputs: weighted operation -> the quantizers of its input, of each call.
+    :param activations: where NNCF's quantizers stand.
     """
     doubled = []
     for node, layer in layers.items():
-        if len({float(_step(native)) for native in sources[node]}) != 1:
-            continue  # it runs in floating point
-        largest = max(native.level_high + (ZERO_POINT if native.level_low < 0 else 0) for native in sources[node])
+        read = [[activations[position] for position in positions] for positions in inputs[node]]
+        read = [natives for natives in read if len({float(_step(native)) for native in natives}) == 1]  # integer calls
+        largest = max(
+            (native.level_high + (ZERO_POINT if native.level_low < 0 else 0) for natives in read for native in natives),
+            default=0,
+        )
         rows = layer.integers.flatten(1).abs()
         pairs = rows.topk(min(2, rows.shape[1]), 1).values.sum(1)
         if float(pairs.max()) * largest > LARGEST_PAIR:
@@ -252,6 +280,26 @@ def _leave_room(layers: Mapping[str, _Layer], sources: Mapping[str, Sequence[Any
             "Exported with weights of 7 bits, since products of 8-bit ones saturate on CPUs without VNNI (compressed "
             f"by learned_importance, the model is trained so): {', '.join(doubled)}"
         )
+
+
+def _integer_input(node: str, layer: _Layer, sources: Sequence[Mapping[str, float]]) -> float | None:
+    """
+    :param node: NNCF's name of the layer's first call.
+    :param sources: operation -> step of the quantizers of its input, of each call.
+    :return: step of the layer's input; None where it reads floating point, or where that does not matter.
+    :raises UnsupportedModelError: if it adds a bias to accumulators with different units.
+    """
+    in_integers = [steps for steps in sources if len(set(steps.values())) == 1]
+    distinct = {step for steps in in_integers for step in steps.values()}
+    if len(distinct) > 1 and layer.bias.any():
+        quantizers = dict.fromkeys(name for steps in in_integers for name in steps)
+        msg = (
+            f"{node.rpartition('/')[0]} has a bias and is called behind quantizers with different steps "
+            f"(of {', '.join(quantizers)}): integer kernels would round its bias differently in each call. Name it in "
+            "ignored_scopes, give each call a module of its own, or leave out its bias."
+        )
+        raise UnsupportedModelError(msg)
+    return distinct.pop() if len(distinct) == 1 else None
 
 
 def _write(layer: _Layer, source: float | None) -> GridQuantizer:
@@ -332,7 +380,12 @@ def _norms(frozen: Any) -> dict[str, Any]:
 def _behind(frozen: Any, name: str) -> str | None:
     """:return: the operation that alone reads a layer's output, where the layer runs once in a forward pass."""
     graph = frozen.nncf.get_original_graph()
-    node = graph.get_node_by_name(name)
-    readers = graph.get_next_nodes(node)
-    calls = [other for other in graph.get_all_nodes() if other.layer_name == node.layer_name]
-    return readers[0].node_name if len(readers) == len(calls) == 1 else None
+    readers = graph.get_next_nodes(graph.get_node_by_name(name))
+    return readers[0].node_name if len(readers) == len(_calls(frozen, name)) == 1 else None
+
+
+def _calls(frozen: Any, name: str) -> list[str]:
+    """:return: the operations of a layer's module; NNCF lists its weight's quantizer at the first only."""
+    graph = frozen.nncf.get_original_graph()
+    layer = graph.get_node_by_name(name).layer_name
+    return [node.node_name for node in graph.get_all_nodes() if node.layer_name == layer]

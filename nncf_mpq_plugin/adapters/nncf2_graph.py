@@ -99,6 +99,22 @@ def position_of(point: Any) -> Position:
     return Position("pre", point.target_node_name, point.input_port_id)
 
 
+def hold(native: Any) -> None:
+    """
+    Keep a quantizer's step from being trained, also by who restores the model from NNCF's state: the multiplier of the
+    step's gradient, which NNCF saves, is 0.
+
+    :param native: NNCF's quantizer.
+    """
+    native.disable_gradients()
+    native._qspec.compression_lr_multiplier = 0.0
+
+
+def is_held(native: Any) -> bool:
+    """:return: whether :func:`hold` was called on NNCF's quantizer, or on the one that it was restored from."""
+    return bool(native._qspec.compression_lr_multiplier == 0.0)
+
+
 def hook_name(position: Position) -> str:
     """
     :return: the name that NNCF 3 gives a hook there: ``post_hooks.layer1/0/relu/relu_/0__0.0`` for an operation that

@@ -27,12 +27,13 @@ from nncf.torch.quantization.precision_init.base_init import (
 from nncf.torch.structures import QuantizationPrecisionInitArgs
 from torch import Tensor
 
+from nncf_mpq_plugin import distributed
 from nncf_mpq_plugin.adapters.nncf2_dumps import write_dumps
-from nncf_mpq_plugin.adapters.nncf2_graph import operations, position_of
+from nncf_mpq_plugin.adapters.nncf2_graph import hold, operations, position_of
 from nncf_mpq_plugin.adapters.nncf2_keys import STRICT, checked
 from nncf_mpq_plugin.adapters.nncf2_limits import int8_ratio, int8_ratio_limit, with_equal_bits, with_groups
 from nncf_mpq_plugin.adapters.nncf2_placement import LegacyModel, place
-from nncf_mpq_plugin.adapters.plan import Position, before_additions, reads_input
+from nncf_mpq_plugin.adapters.plan import Op, Position, before_additions, reads_input
 from nncf_mpq_plugin.allocation.search import Solution, prepare, solution_of, solve_prepared
 from nncf_mpq_plugin.batches import Batches
 from nncf_mpq_plugin.errors import InputError
@@ -148,7 +149,7 @@ class LearnedImportanceParams(BasePrecisionInitParams):
                 storage.data.copy_(full.log() if native.is_using_log_scale_storage else full)
                 native.initialized = True
                 if learned.constant:
-                    native.disable_gradients()
+                    hold(native)
                 carried += 1
         nncf_logger.info(f"Learned scales were carried into {carried} quantizers")
 
@@ -163,21 +164,36 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
     def apply_init(self) -> Any:
         """
         :return: NNCF's setup with the bit widths found.
+        :raises InputError: in a script that runs in several processes.
         :raises MPQError: as the core's functions do.
         """
+        if distributed.size() > 1:  # NNCF calls this in each of them
+            msg = (
+                f"learned_importance chooses bit widths in one process, and this script runs in {distributed.size()}. "
+                "Call create_compressed_model in a script of its own first, and save "
+                "compression_ctrl.get_compression_state() and the model's state_dict. Pass the former to "
+                "create_compressed_model as compression_state here, and load the latter (nncf.torch.load_state)."
+            )
+            raise InputError(msg)
         values, arguments = self._params.values, self._params.user_init_args
+        ops, activations = operations(self._model), self._activations_for_openvino()
         quantized = place(
             self._algo,
             self._allowed_by_hardware(),
             values["bits"],
             values["fixed_bits"],
             equal=self._adjacent() if values["bitwidth_assignment_mode"] == STRICT else (),
-            dropped=self._before_additions(),
+            dropped=self._before_additions(ops, activations),
             half_range=self._params.half_range and not self._hw_precision_constraints,
-            inputs=self._of_network_input(),
+            inputs={key for position, key in activations.items() if reads_input(position, ops)},
         )
         if quantized.unread:
             nncf_logger.warning(f"Not searched, since their inputs are not quantized: {', '.join(quantized.unread)}")
+        if quantized.several:
+            nncf_logger.warning(
+                "Not searched, since they are called behind several quantizers (nncf2.freeze refuses those that have "
+                f"a bias): {', '.join(quantized.several)}"
+            )
         home = next(self._model.parameters()).device
         device = torch.device(arguments.device) if arguments.device else home
         weights = {name: value.cpu() for name, value in weights_of(self._model).items()}
@@ -304,21 +320,17 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
             for group in self._algo.groups_of_adjacent_quantizers
         ]
 
-    def _before_additions(self) -> tuple[Any, ...]:
+    def _before_additions(self, ops: Sequence[Op], positions: Mapping[Position, Any]) -> tuple[Any, ...]:
         """
+        :param ops: the model's operations.
+        :param positions: where activation quantizers stand -> their ids.
         :return: quantizers between a weighted layer and an addition, whose rounding OpenVINO's fused kernels lose, by
             id.
         """
-        positions = self._activations_for_openvino()
         signs = {position: self._algo.all_quantizations[key].signed for position, key in positions.items()}
-        found = before_additions(operations(self._model), signs)
+        found = before_additions(ops, signs)
         kept = {key for position, key in positions.items() if position not in found}  # one may stand in several places
         return tuple(dict.fromkeys(key for position in found if (key := positions[position]) not in kept))
-
-    def _of_network_input(self) -> set[Any]:
-        """:return: ids of the quantizers that read the network's input itself."""
-        ops = operations(self._model)
-        return {key for position, key in self._activations_for_openvino().items() if reads_input(position, ops)}
 
     def _activations_for_openvino(self) -> dict[Position, Any]:
         """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nncf_mpq_plugin.errors import ConfigError, UnsupportedModelError
 from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel, resolve_fixed
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer
+from nncf_mpq_plugin.training import observe
 from nncf_mpq_plugin.types import ImportanceTable, LayerBits, LayerCost
 
 STORED_BITS = 8  # of a tensor that no weighted layer reads, and of layers that cannot be searched
@@ -75,6 +76,7 @@ class LegacyModel(QuantizedModel):
     :param natives: NNCF's quantizer id -> NNCF's quantizer.
     :param dropped: ids of NNCF's quantizers that are left out.
     :param unread: names of layers whose input is not quantized; they are neither trained nor counted.
+    :param several: names of layers that are called behind several quantizers; they are not searched.
     :param equal: groups of quantizer ids that get one bit width.
     :param equal_groups: layer name -> activation group that holds every layer of such a group.
     """
@@ -83,6 +85,7 @@ class LegacyModel(QuantizedModel):
     natives: Mapping[Any, nn.Module] = None  # type: ignore[assignment]
     dropped: tuple[Any, ...] = ()
     unread: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     equal: tuple[tuple[Any, ...], ...] = ()
     equal_groups: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,12 +114,7 @@ class LegacyModel(QuantizedModel):
         :param batches: inputs.
         :raises UnsupportedModelError: if a quantizer is not met in a forward pass.
         """
-        for module in self.modules.values():
-            module.start_observing()
-        device = next(self.model.parameters()).device
-        with torch.no_grad():
-            for batch in batches:
-                self.model(batch.to(device))
+        observe(self.model, self.modules.values(), batches)
         for key, module in self.modules.items():
             try:
                 module.finish_observing()
@@ -207,6 +205,7 @@ def place(
         natives=natives,
         dropped=tuple(dropped),
         unread=unread,
+        several=tuple(site.name for site in sites if len(site.activations) > 1),
         equal=joined,
         equal_groups=equal_groups,
     )

@@ -52,6 +52,7 @@ from nncf_mpq_plugin.files import written_atomically
 from nncf_mpq_plugin.placement import PlacedLayer, QuantizedModel, resolve_fixed
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer, quantizers_of
 from nncf_mpq_plugin.requirements import check_versions
+from nncf_mpq_plugin.training import observe
 from nncf_mpq_plugin.types import LayerBits, LayerCost, read_json, write_json
 
 check_versions()  # adapters/__init__.py lets NNCF 2.19 pass
@@ -114,6 +115,7 @@ PRIVATE_ATTRIBUTES = {
         "op_calls",
     ),
     "nncf.torch.function_hook.hook_executor_mode.OpMeta": ("op_name",),
+    "nncf.torch.function_hook.wrapper.ForwardWithHooks": ("orig_forward",),
     "nncf.torch.quantization.layers.SymmetricQuantizer": ("_scale_param_storage",),
 }
 
@@ -339,7 +341,7 @@ def _fold(quantized: NNCFQuantizedModel, name: str) -> tuple[Tensor, Tensor, Ten
     step = step.flatten().double()
     bias = model.get_parameter(site.bias).double() if site.bias else torch.zeros_like(step)
     if site.batch_norm is not None:
-        factor, offset = affine(model.get_submodule(site.batch_norm))
+        factor, offset = affine(model.get_submodule(site.batch_norm), site.batch_norm)
         bias, step = bias * factor + offset, step * factor
     return integers, step, bias
 
@@ -664,12 +666,7 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
             ]
         )
     )
-    for quantizer in quantizers:
-        quantizer.start_observing()
-    device = next(quantized.model.parameters()).device
-    with torch.no_grad():
-        for batch in calibration:
-            quantized.model(batch.to(device))
+    observe(quantized.model, quantizers, calibration)
     for quantizer in quantizers:
         quantizer.finish_observing()
 

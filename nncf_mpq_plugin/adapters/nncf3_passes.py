@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nncf.torch.function_hook import get_hook_storage
@@ -31,6 +31,11 @@ class _SharedMode(FunctionHookMode):
         super().__init__(model, storage)
         self._before, self._behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
         self._names: dict[tuple[int, ...], str] = {}
+
+    @property
+    def hooked(self) -> Collection[str]:
+        """What hooks stand behind: operations, or parameters by name."""
+        return self._behind.keys()
 
     def get_current_relative_name(self) -> str:
         stack = tuple(map(id, self.module_call_stack))
@@ -75,6 +80,8 @@ class SharedPasses:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._mode = model, _SharedMode(model)
+        tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        assert tensors.isdisjoint(self._mode.hooked), "hooks on parameters themselves would be passed over"
         quantizers = {part for q in model.modules() if isinstance(q, MultiBitQuantizer) for part in q.modules()}
         self._modules = [module for module in model.modules() if module is not model and module not in quantizers]
 

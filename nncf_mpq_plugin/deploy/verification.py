@@ -93,8 +93,11 @@ class VerifyReport:
             "runtimes": [asdict(runtime) for runtime in self.runtimes],
         }
 
-    def check(self) -> None:
-        """:raises VerificationError: naming each runtime and what it breaks, if the contract is not kept."""
+    def check(self, export: str = "deploy.export") -> None:
+        """
+        :param export: what writes the files, as the caller knows it, for the message.
+        :raises VerificationError: naming each runtime and what it breaks, if the contract is not kept.
+        """
         if not self.ok:
             broken = [
                 f"{r.name}: {'; '.join([*r.failures, *([str(r.divergence)] if r.divergence else [])])}"
@@ -104,7 +107,7 @@ class VerifyReport:
             msg = (
                 f"The exported model does not agree with the trained one on {self.samples} samples. "
                 f"{' | '.join(broken)}. "
-                "Do not deploy it. Write it again with nncf-mpq export; if that does not help, report the model."
+                f"Do not deploy it. Write it again with {export}; if that does not help, report the model."
             )
             raise VerificationError(msg, self.to_json())
 

@@ -89,6 +89,22 @@ class Concat(nn.Module):
         return self.head(self.after(x).relu().mean((2, 3)))
 
 
+class Repeated(nn.Module):
+    """A convolution that is called twice, behind different quantizers."""
+
+    def __init__(self, bias: bool, width: int = 8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.twice = nn.Conv2d(width, width, 3, padding=1, bias=bias)
+        self.last = nn.Conv2d(width, width, 3)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.stem(x).relu()).relu() * 3
+        x = self.last(self.twice(x).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
 def data(samples: int = 24, size: int = SIZE, classes: int = CLASSES) -> DataLoader:
     """:return: images whose class shows in the mean of a channel."""
     generator = torch.Generator().manual_seed(1)
@@ -96,6 +112,19 @@ def data(samples: int = 24, size: int = SIZE, classes: int = CLASSES) -> DataLoa
     images = torch.randn(samples, 3, size, size, generator=generator)
     images[:, 0] += targets[:, None, None]
     return DataLoader(TensorDataset(images, targets), batch_size=8)
+
+
+def settled(model: nn.Module, loader: DataLoader) -> nn.Module:
+    """:return: the model with the statistics of the data in its batch norms; else a deep one's activations vanish."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over batches
+    with torch.no_grad():
+        for images, _ in loader:
+            model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model
 
 
 def config(folder: Any, size: int = SIZE, device: str = "TRIAL", extra: Any = None, **precision: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import openvino
 import pytest
 import torch
 import torchvision
-from compressing import Concat, Depthwise, Net, Transposed, compress, config, data
+from compressing import Concat, Depthwise, Net, Repeated, Transposed, compress, config, data, settled
 from torch import nn
 
 from nncf_mpq_plugin import deploy
@@ -47,6 +48,19 @@ def check_exported(controller, folder, size: int = 16, classes: int = 4) -> tupl
     report = deploy.verify(frozen, folder, samples)
     report.check()
     return frozen, report.certificate.to_json()
+
+
+def check_certificate(certificate: dict, sums: str) -> None:
+    """
+    What holds by construction: the lattice of every tensor is known, and what comes from one layer of few bits is
+    certified, since its accumulators are far below 2^24. Sums of several layers need a common fraction for each
+    channel, and there may be none with a margin above the error.
+
+    :param sums: pattern of the tensors behind residual additions.
+    """
+    for tensor, reason in certificate["not_certified"].items():
+        assert re.fullmatch(sums, tensor), certificate
+        assert reason.startswith("a value may lie"), certificate
 
 
 def kernel_precisions(folder) -> dict[str, int]:
@@ -140,6 +154,26 @@ def test_layers_without_integer_kernels_keep_their_grid(tmp_path) -> None:
     assert frozen.up.weight.unique().numel() <= 16
 
 
+def test_a_layer_behind_several_quantizers(tmp_path) -> None:
+    controller, _ = trained(tmp_path, Repeated(bias=False), type="none")
+    check_exported(controller, tmp_path)
+    controller, _ = trained(tmp_path, Repeated(bias=True), type="none")
+    message = r"\[twice\] has a bias and is called behind .* \(of Repeated/relu_0, Repeated/__mul___0\)"
+    with pytest.raises(UnsupportedModelError, match=message):
+        nncf2.freeze(controller)
+
+
+def test_every_call_of_a_layer_gets_room(tmp_path) -> None:
+    """With the first call's input at 4 bits and the second's at 8, products saturate in the second only."""
+    manual = {"type": "manual", "bitwidth_per_scope": [[4, "Repeated/relu_0|OUTPUT"]]}
+    model = Repeated(bias=False)
+    with torch.no_grad():
+        model.twice.weight.copy_(model.twice.weight.abs().max() * model.twice.weight.sign())
+    controller, _ = compress(model, config(tmp_path, **manual))
+    frozen = nncf2.freeze(controller)
+    assert native_quantizers(frozen)["pre_hooks.twice/conv2d/0__1.0"].level_high == 63
+
+
 def test_what_cannot_be_exported(tmp_path) -> None:
     with pytest.raises(InputError, match="pass the controller"):
         nncf2.freeze(Net())
@@ -158,8 +192,7 @@ def test_what_cannot_be_exported(tmp_path) -> None:
 def test_no_rounding_tie_can_be_reached(tmp_path, build) -> None:
     controller, _ = trained(tmp_path, build(), bits=[2, 4], compression_ratio=1.5)
     _, certificate = check_exported(controller, tmp_path)
-    # a sum of two layers at 8 bits may have no common fraction that is large enough
-    assert set(certificate["not_certified"]) <= {"__add__/1.quantized"}, certificate
+    check_certificate(certificate, "__add__/1.quantized")
     assert certificate["tensors"] == (6 if build is Net else 9)
 
 
@@ -242,12 +275,15 @@ def test_half_range_can_be_switched_off(tmp_path) -> None:
     assert max(heads) == 127
 
 
-@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v2"])
-def test_a_network_of_torchvision_end_to_end(tmp_path, network) -> None:
+@pytest.mark.parametrize(
+    ("network", "sums"),
+    [("resnet18", r"layer\d/\d/relu/relu_/1\.quantized"), ("mobilenet_v2", r"features/\d+/__add__/0\.quantized")],
+)
+def test_a_network_of_torchvision_end_to_end(tmp_path, network, sums) -> None:
     torch.manual_seed(0)
-    model = getattr(torchvision.models, network)(num_classes=10)
-    controller, _ = trained(tmp_path, model, 64, 10, bits=[2, 4, 8], compression_ratio=1.5)
+    model = settled(getattr(torchvision.models, network)(num_classes=10), data(32, 64, 10))
+    controller, _ = trained(tmp_path, model, 64, 10, bits=[2, 4], compression_ratio=1.5)
     _, certificate = check_exported(controller, tmp_path, 64, 10)
-    assert certificate["certified"] >= 0.65 * certificate["tensors"], certificate
+    check_certificate(certificate, sums)
     precisions = kernel_precisions(tmp_path)
     assert precisions.get("f32", 0) == 0, precisions

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from compressing import Concat, Net, Transposed, bits_of, compress, config, data
+from compressing import Concat, Net, Repeated, Transposed, bits_of, compress, config, data
 from nncf import NNCFConfig
 from nncf.torch import create_compressed_model, load_state, register_default_init_args
 from nncf.torch.initialization import PTInitializingDataLoader
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nncf_mpq_plugin.adapters import nncf2
+from nncf_mpq_plugin.adapters.base import native_quantizers
 from nncf_mpq_plugin.errors import ConfigError, InfeasibleBudgetError, InputError, UnsupportedModelError
-from nncf_mpq_plugin.types import ImportanceTable, Policy, read_json
+from nncf_mpq_plugin.types import ImportanceTable, Policy, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("registered")
 DUMPS = "learned_importance_dumps"
@@ -123,21 +129,104 @@ def test_learned_scales_survive_the_second_range_initialisation(tmp_path, monkey
     assert not found
 
 
+RESTORE = """
+import json, pathlib, sys
+sys.modules["nncf_mpq_plugin"] = None  # importing it fails
+sys.path.insert(0, sys.argv[1])
+import torch
+from compressing import Net, bits_of, data
+from nncf import NNCFConfig
+from nncf.torch import create_compressed_model, load_state
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(int(sys.argv[3]))
+folder = pathlib.Path(sys.argv[2])
+state, entry = (json.loads((folder / name).read_text()) for name in ("state.json", "config.json"))
+controller, model = create_compressed_model(
+    Net(), NNCFConfig.from_dict(entry), compression_state=state, dump_graphs=False
+)
+load_state(model, load_file(folder / "weights.safetensors"), is_resume=True)
+(folder / "bits.json").write_text(json.dumps(bits_of(controller)))
+save_file({"outputs": model.eval()(load_file(folder / "images.safetensors")["images"])}, folder / "out.safetensors")
+model.train()
+images, target = next(iter(data()))
+torch.nn.functional.cross_entropy(model(images), target).backward()
+moving = {str(key): bool(q._scale_param_storage.grad.any()) for key, q in controller.all_quantizations.items()}
+(folder / "moving.json").write_text(json.dumps(moving))
+"""
+
+
 def test_the_state_restores_without_the_plugin(tmp_path) -> None:
     torch.manual_seed(0)
     entry = config(tmp_path, bits=[2, 4, 8], compression_ratio=2.0)
     controller, compressed = compress(Net(), entry)
-    state, weights = controller.get_compression_state(), compressed.state_dict()
-    state = json.loads(json.dumps(state))
-    nncf2.unregister()
     entry["compression"]["initializer"].pop("precision")
-    again, restored = create_compressed_model(
-        Net(), NNCFConfig.from_dict(entry), compression_state=state, dump_graphs=False
-    )
-    load_state(restored, weights, is_resume=True)
-    assert bits_of(again) == bits_of(controller)
     images = torch.randn(4, 3, 16, 16)
-    assert torch.equal(compressed.eval()(images), restored.eval()(images))
+    write_json(tmp_path / "state.json", controller.get_compression_state())
+    write_json(tmp_path / "config.json", entry)
+    weights = {name: value.contiguous() for name, value in compressed.state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    save_file({"images": images}, tmp_path / "images.safetensors")
+    arguments = [os.path.dirname(__file__), str(tmp_path), str(torch.get_num_threads())]
+    command = [sys.executable, "-c", RESTORE, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert read_json(tmp_path / "bits.json") == bits_of(controller)
+    with torch.no_grad():
+        outputs = compressed.eval()(images)
+    assert torch.allclose(outputs, load_file(tmp_path / "out.safetensors")["outputs"], rtol=1e-5, atol=1e-6)
+    moving = read_json(tmp_path / "moving.json")
+    assert not moving.pop("/nncf_model_input_0|OUTPUT")  # its power of two stays
+    assert any(moving.values())
+
+
+@pytest.mark.parametrize(("learning_rate", "weight_decay"), [(1e3, 0.0), (0.01, 1.0)])
+def test_a_restored_models_step_at_the_input_is_exported_as_a_power_of_two(
+    tmp_path, caplog, learning_rate, weight_decay
+) -> None:
+    torch.manual_seed(0)
+    entry = config(tmp_path, bits=[2, 4], compression_ratio=1.5)
+    controller, compressed = compress(Net(), entry)
+    again, restored = create_compressed_model(
+        Net(), NNCFConfig.from_dict(entry), compression_state=controller.get_compression_state(), dump_graphs=False
+    )
+    load_state(restored, compressed.state_dict(), is_resume=True)
+    (quantizer,) = (
+        info.quantizer_module_ref for key, info in again.non_weight_quantizers.items() if "model_input" in str(key)
+    )
+    before = float(quantizer.scale.detach()) / quantizer.level_high
+    optimizer = torch.optim.SGD(quantizer.parameters(), learning_rate, weight_decay=weight_decay)
+    for images, target in data():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(restored(images), target).backward()
+        optimizer.step()
+    after = float(quantizer.scale.detach()) / quantizer.level_high
+    assert math.frexp(before)[0] == 0.5
+    assert (after == before) == (weight_decay == 0)
+    with caplog.at_level(logging.WARNING, logger="nncf"):
+        frozen = native_quantizers(nncf2.freeze(again))["post_hooks.nncf_model_input/0__0.0"]
+    assert float(frozen.scale) / frozen.level_high == before
+    assert ("moved the step at the input" in caplog.text) == (weight_decay > 0)
+
+
+def test_several_processes_are_refused(tmp_path) -> None:
+    """NNCF calls the initialiser in each of them. "fake" is torch's process group without other processes."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(InputError, match=r"in one process, and this script runs in 2.*compression_state"):
+            compress(Net(), config(tmp_path, bits=[2, 4]))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_layers_behind_several_quantizers_are_named(tmp_path, caplog) -> None:
+    with caplog.at_level(logging.WARNING, logger="nncf"):
+        controller, _ = compress(Repeated(bias=True), config(tmp_path, bits=[2, 4], compression_ratio=1.1))
+    assert "Not searched, since they are called behind several quantizers" in caplog.text
+    assert caplog.text.rstrip().endswith(": twice")
+    assert bits_of(controller)["Repeated/NNCFConv2d[twice]/conv2d_0|WEIGHT"] == 8
 
 
 def test_bitwidth_per_scope_feeds_manual_initialisation(tmp_path) -> None:
