@@ -1,8 +1,10 @@
 """
 The deployable form: ONNX of standard operators whose arithmetic integer kernels compute exactly.
 
-* An activation at b bits is ``QuantizeLinear`` to uint8 (zero point 128 where it is signed), ``Clip`` to the b-bit
-  range, ``DequantizeLinear``: an INT8 carrier, for which runtimes have kernels, holding b-bit values.
+* An activation at b bits is ``QuantizeLinear`` to uint8, ``Clip`` to the b-bit range, ``DequantizeLinear``: an INT8
+  carrier, for which runtimes have kernels, holding b-bit values. Signed ones have zero point 2^(b-1): OpenVINO's
+  kernels for int8 activations are wrong on CPUs without VNNI, and it adds the zero point in float32 before it rounds,
+  which costs digits in proportion.
 * A weight is a constant on the b-bit grid with one scale per output channel: int4 up to 4 bits, int8 above. A ``Cast``
   to int8, which runtimes fold when they load the file, stands behind the former: without it they would compute in
   floating point.
@@ -30,7 +32,6 @@ OPSET = 21  # the first with int4; it changes nothing else in what torch writes
 _TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
 _IDENTITY_TOLERANCE = 1e-5
 _INT32 = 2**31 - 1
-ZERO_POINT = 128  # of signed activations: OpenVINO's kernels for int8 activations are wrong on CPUs without VNNI
 
 
 class _Rewriter:
@@ -163,7 +164,7 @@ class _Rewriter:
         return replacement, transposed
 
     def activation(self, node: NodeProto, low: int, high: int, step: float) -> list[NodeProto]:
-        output, zero = node.output[0], ZERO_POINT if low < 0 else 0
+        output, zero = node.output[0], max(-low, 0)
         low, high = low + zero, high + zero
         scale = self.constant(f"{output}.scale", np.float32(step))
         zero_point = self.constant(f"{output}.zero_point", np.uint8(zero))

@@ -2,9 +2,8 @@
 OpenVINO IR whose weights take exactly their bits on disk.
 
 The IR is the conversion of the ONNX file. Each int8 weight constant is then stored as ``u2``, ``u3``, ``u4`` or ``u6``
-(5 bits: a ``u4`` and a ``u1`` plane; 7 bits: ``u6`` and ``u1``), unpacked by constant folding when the model is
-compiled. Where the layer reads quantized activations, a closing ``FakeQuantize`` of 256 levels with the same step makes
-the runtime choose its INT8 kernels. Where it reads floating point, the integers reach the layer as u2, u4 or u8, which
+(5 bits: a ``u4`` and a ``u1`` plane; 7 bits, and 8 in half range: ``u6`` and ``u1``), unpacked to int8 by constant
+folding when the model is compiled. Where the layer reads floating point, the integers reach it as u2, u4 or u8, which
 linear layers keep compressed in memory.
 """
 
@@ -29,6 +28,12 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0
 Compile-time properties for exact results: new CPUs would run what is not INT8 in bfloat16, and linear layers with
 compressed weights would round their activations to 8 bits.
 """
+
+_ON_A_LATTICE = {
+    *("Conv", "Gemm", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"),
+    *("Concat", "DequantizeLinear", "Reshape", "Flatten"),
+}
+"""What hands on integers times a step, and so nothing that lies next to a rounding tie."""
 
 _PLANES = {1: (1,), 2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (6,), 7: (6, 1)}
 _TYPES = {1: ov.Type.u1, 2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4, 6: ov.Type.u6}
@@ -109,7 +114,10 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
     """
     Make Clip -> QuantizeLinear of QuantizeLinear -> Clip: the same integers, in fewer kernels of OpenVINO where a
     stored tensor is quantized again. (The file keeps the other order: ONNX Runtime would leave the integer kernels.)
+    It stays behind functions that make any value, such as layer norm: with a clip in between, OpenVINO's values are
+    further from exact ones.
     """
+    producers = {output: node for node in model.graph.node for output in node.output}
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     nodes = list(model.graph.node)
     for index, clip in enumerate(nodes):
@@ -119,6 +127,9 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
         rounding, dequantized = nodes[index - 1], nodes[index + 1]
         shifted = rounding.input[0] == f"{dequantized.output[0]}.shifted"
         first = index - 2 if shifted else index - 1
+        producer = producers.get(nodes[first].input[0])
+        if producer is not None and producer.op_type not in _ON_A_LATTICE:
+            continue
         step, zero_point = (constants[name].astype(np.float32) for name in dequantized.input[1:])
         for port in (1, 2):
             value = step * (constants[clip.input[port]].astype(np.float32) - zero_point)
@@ -132,7 +143,7 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
 
 
 def _pack(constant: ov.Node, compressed: set[str]) -> None:
-    """Replace Constant(i8) -> Convert [-> Subtract 0] -> Multiply(step) by packed planes and their dequantization."""
+    """Replace Constant(i8), which Convert [-> Subtract 0] -> Multiply(step) dequantize, by packed planes."""
     convert = _only_consumer(constant.output(0), "Convert")
     after = convert and _only_consumer(convert.output(0), None)
     if after is not None and after.get_type_name() == "Subtract":
@@ -141,19 +152,16 @@ def _pack(constant: ov.Node, compressed: set[str]) -> None:
         return
     integers = constant.data.astype(np.int16)
     bits = max(_bits_for(int(integers.min()), int(integers.max())), 1)
-    step = _constant_value(after.input_value(1))
-    if bits > 6 or step is None:
-        return
-    scale = ops.constant(step.astype(np.float32).reshape(step.shape or (1,) * integers.ndim))
-    offset = 2 ** (bits - 1)
     floating = after.get_friendly_name() in compressed
+    if bits > (6 if floating else 7):
+        return
+    offset = 2 ** (bits - 1)
     planes = _planes(integers + offset, bits, ("u4" if bits <= 4 else "u8") if floating else "f32")
-    weight = ops.multiply(ops.subtract(ops.convert(planes, "f32"), ops.constant(np.float32(offset))), scale)
+    weight = ops.subtract(ops.convert(planes, "f32"), ops.constant(np.float32(offset)))
+    replaced = convert if floating else constant
     if not floating:
-        low, high = (ops.multiply(scale, ops.constant(np.float32(limit))) for limit in (-128, 127))
-        weight = ops.fake_quantize(weight, low, high, low, high, 256)
-    weight.set_friendly_name(after.get_friendly_name())
-    for target in after.output(0).get_target_inputs():
+        weight = ops.convert(weight, "i8")
+    for target in replaced.output(0).get_target_inputs():
         target.replace_source_output(weight.output(0))
 
 
