@@ -20,6 +20,7 @@ from torchvision.models import VisionTransformer  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
 from nncf_mpq_plugin.adapters.base import native_quantizers  # noqa: E402
+from nncf_mpq_plugin.adapters.ties import short  # noqa: E402
 from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
 from nncf_mpq_plugin.deploy.onnx import count_operators, to_standard_operators  # noqa: E402
 from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels, save_ir, to_openvino  # noqa: E402
@@ -124,28 +125,31 @@ def test_a_last_clip_and_rows_that_are_repeated_stay(tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_signed_values_next_to_a_tie_are_rounded_as_they_should(tmp_path, bits):
-    low, high, step = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, np.float32(0.0837)
+    low, high, step = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, np.float32(short(0.0837))
     distance = 2.0**-23 * 2**bits  # what float32 can tell of values up to 2^bits
-    halves = np.arange(low, high)[:, None] + 0.5 + np.array([-4, -2, 2, 4]) * distance
-    values = (halves.reshape(1, -1) * np.float64(step)).astype(np.float32)
-    shape = ["n", values.shape[1]]
+    halves = (np.arange(low, high)[:, None] + 0.5 + np.array([-4, -2, 2, 4]) * distance).flatten()
+    values = (halves * np.float64(step)).astype(np.float32)
+    shape = ["n", len(values)]
     quantize = {"domain": "mpq", "low": low, "high": high}
     graph = helper.make_graph(
         [
-            helper.make_node("Neg", ["input"], ["x"]),
+            helper.make_node("LayerNormalization", ["input", "zeros", "values"], ["x"]),
             helper.make_node("Quantize", ["x", "step"], ["output"], **quantize),
         ],
         "one quantizer",
         [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(np.array([step]), "step")],
+        [
+            numpy_helper.from_array(value, name)
+            for name, value in (("step", np.array([step])), ("zeros", np.zeros_like(values)), ("values", values))
+        ],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mpq", 1)]
     onnx.save(to_standard_operators(helper.make_model(graph, opset_imports=opsets)), tmp_path / "model.onnx")
     save_ir(to_openvino(tmp_path / "model.onnx"), tmp_path / "model.xml")
     for file in ("model.xml", "model.onnx"):
-        found = compile_exactly(tmp_path / file)(-values)[0]
-        assert np.array_equal(np.rint(found / step), np.rint(halves.reshape(1, -1))), file
+        found = compile_exactly(tmp_path / file)(np.random.default_rng(0).normal(size=(1, len(values))))[0][0]
+        assert np.array_equal(np.rint(found / step), np.rint(halves)), file
 
 
 def test_the_files_have_the_same_weights_and_the_same_outputs(exported):
@@ -162,10 +166,11 @@ def test_no_clip_stands_between_a_layer_norm_and_the_rounding(tmp_path):
     quantized = nncf3.place(network, data[0], data, bits=(2, 3, 4, 5, 6))
     quantized.select(mixed(quantized))
     deploy.export(nncf3.freeze(quantized), data[0], tmp_path)
+    model = ov.Core().read_model(tmp_path / "model.xml")
     readers = [
         target.get_node().get_type_name()
-        for op in ov.Core().read_model(tmp_path / "model.xml").get_ops()
-        if op.get_friendly_name().endswith("LayerNormalization")
+        for op in model.get_ops()
+        if op.get_type_name() == "MVN"
         for target in op.output(0).get_target_inputs()
     ]
     assert readers == ["FakeQuantize"] * 3

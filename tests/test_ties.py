@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nncf_mpq_plugin.adapters.plan import ADD, CONCAT, OTHER, WEIGHTED, Op, Position
-from nncf_mpq_plugin.adapters.ties import TOLERANCE, Steps, Term, read_sums, tie_free
+from nncf_mpq_plugin.adapters.ties import TOLERANCE, Steps, Term, read_sums, short, tie_free
 
 HALF = Fraction(1, 2)
 
@@ -100,7 +100,7 @@ def test_no_sum_of_integers_lies_on_a_tie(steps, weights):
         {name: np.array(weights) * scale for name, scale in [("first", 1.0), ("branch", 0.7), ("last", 1.3)]},
     )
     after = tie_free(read_sums(OPS, POSITIONS), before, HIGHEST)
-    assert after.quantizers["x"] == x
+    assert after.quantizers["x"] == short(x)
     for name, step in before.quantizers.items():
         assert abs(after.quantizers[name] / step - 1) <= 1.01 * TOLERANCE
     assert np.array_equal(after.weights["last"], before.weights["last"])  # nothing rounds its output
@@ -131,8 +131,9 @@ def test_two_layers_that_are_added_share_a_denominator():
     ]
     before = Steps({"x": 0.02, "sum": 0.05}, {"one": np.array([0.01, 0.3]), "two": np.array([0.02, 0.007])})
     after = tie_free(read_sums(ops, behind("x", "sum")), before, {"x": 255, "sum": 255})
+    ratio = after.quantizers["x"] / after.quantizers["sum"]
     for one, two in zip(after.weights["one"], after.weights["two"], strict=True):
-        pair = [fraction(w * 0.02 / 0.05) for w in (one, two)]
+        pair = [fraction(w * ratio) for w in (one, two)]
         assert np.lcm(*[p.denominator for p in pair]) % 2 == 1
         assert np.lcm(*[p.denominator for p in pair]) < 2**11
 
@@ -156,8 +157,8 @@ def test_the_bound_of_relu6_lies_on_no_tie():
     sums = read_sums(ops, behind("x", "relu6"))
     after = tie_free(sums, before, {"x": 255, "relu6": 15})
     assert fraction(6 / after.quantizers["relu6"]).denominator % 2 == 1
-    unchanged = tie_free(sums, before, {"x": 255, "relu6": 7})  # 6 is above its range
-    assert unchanged.quantizers["relu6"] == before.quantizers["relu6"]
+    unbound = tie_free(sums, before, {"x": 255, "relu6": 7})  # 6 is above its range
+    assert unbound.quantizers["relu6"] == short(before.quantizers["relu6"])
 
 
 def test_a_batch_norm_behind_a_concatenation_is_placed_channel_by_channel():
@@ -183,3 +184,12 @@ def test_a_batch_norm_behind_a_concatenation_is_placed_channel_by_channel():
         assert after.weights["norm"][channel] == pytest.approx(before.weights["norm"][channel], rel=2 * TOLERANCE)
         assert fraction(ratio).denominator % 2 == fraction(spacing).denominator % 2 == 1
         assert (fraction(ratio) / fraction(spacing)).denominator == 1
+
+
+@given(st.floats(2.0**-20, 2.0**10))
+def test_a_free_step_gets_short_and_moves_little(step):
+    found = short(step)
+    assert abs(found / step - 1) < TOLERANCE
+    low, high = np.float32(-128 * found), np.float32(127 * found)
+    assert (float(low), float(high)) == (-128 * found, 127 * found)  # so OpenVINO's limits are exact
+    assert -low * (np.float32(255) / (high - low)) == 128  # and so is the zero point that it computes of them

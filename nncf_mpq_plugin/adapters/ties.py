@@ -194,7 +194,7 @@ def tie_free(reads: Reads, steps: Steps, highest: Mapping[str, int]) -> Steps:
             quantizers[name] = bases[base] * float(fraction)
             exact[name] = (base, fraction)
         else:
-            bases[name] = quantizers[name]
+            bases[name] = quantizers[name] = short(quantizers[name])
             exact[name] = (name, Fraction(1))
         for total in read:
             free = [term for term in total if term.source in weights and term.source not in placed]
@@ -206,6 +206,20 @@ def tie_free(reads: Reads, steps: Steps, highest: Mapping[str, int]) -> Steps:
                 weights[term.source], spacings[term.source] = unit, spacing
                 placed.add(term.source)
     return Steps(quantizers, weights, spacings)
+
+
+def short(step: float) -> float:
+    """
+    :return: the nearest number of 12 binary digits with which OpenVINO's float32 arithmetic is exact: it computes the
+        reciprocal of a step, and the zero point that it adds before it rounds, from the limits of the 8-bit range.
+    """
+    unit = 2.0 ** (math.frexp(step)[1] - 12)
+    digits = round(step / unit)
+    for candidate in sorted(range(digits - 64, digits + 65), key=lambda other: abs(other - digits)):
+        low, high = (np.float32(limit * candidate * unit) for limit in (-128, 127))
+        if -low * (np.float32(255) / (high - low)) == 128:
+            return candidate * unit
+    return step
 
 
 def _matters(term: Term, step: float, highest: int) -> bool:

@@ -29,12 +29,6 @@ Compile-time properties for exact results: new CPUs would run what is not INT8 i
 compressed weights would round their activations to 8 bits.
 """
 
-_ON_A_LATTICE = {
-    *("Conv", "Gemm", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"),
-    *("Concat", "DequantizeLinear", "Reshape", "Flatten"),
-}
-"""What hands on integers times a step, and so nothing that lies next to a rounding tie."""
-
 _PLANES = {1: (1,), 2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (6,), 7: (6, 1)}
 _TYPES = {1: ov.Type.u1, 2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4, 6: ov.Type.u6}
 
@@ -112,10 +106,10 @@ def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:
 
 def _clip_before_rounding(model: onnx.ModelProto) -> None:
     """
-    Make Clip -> QuantizeLinear of QuantizeLinear -> Clip: the same integers, in fewer kernels of OpenVINO where a
-    stored tensor is quantized again. (The file keeps the other order: ONNX Runtime would leave the integer kernels.)
-    It stays behind functions that make any value, such as layer norm: with a clip in between, OpenVINO's values are
-    further from exact ones.
+    Make Clip -> QuantizeLinear of QuantizeLinear -> Clip: the same integers, in fewer and faster kernels of OpenVINO.
+    Signed tensors get OpenVINO's own form of them by the way, with zero point 128. (The file keeps the other order:
+    ONNX Runtime would leave the integer kernels.) Two kinds keep that order here, too: behind a layer norm, OpenVINO's
+    values would be further from exact ones; behind a stored signed tensor, it would convert layouts back and forth.
     """
     producers = {output: node for node in model.graph.node for output in node.output}
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
@@ -128,9 +122,13 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
         shifted = rounding.input[0] == f"{dequantized.output[0]}.shifted"
         first = index - 2 if shifted else index - 1
         producer = producers.get(nodes[first].input[0])
-        if producer is not None and producer.op_type not in _ON_A_LATTICE:
-            continue
         step, zero_point = (constants[name].astype(np.float32) for name in dequantized.input[1:])
+        kind = producer.op_type if producer is not None else ""
+        if kind == "LayerNormalization" or (kind == "DequantizeLinear" and zero_point):
+            continue
+        if zero_point and not shifted:
+            rounding.input[2] = dequantized.input[2] = f"{dequantized.output[0]}.middle"
+            model.graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), rounding.input[2]))
         for port in (1, 2):
             value = step * (constants[clip.input[port]].astype(np.float32) - zero_point)
             clip.input[port] += ".value"
@@ -148,7 +146,7 @@ def _pack(constant: ov.Node, compressed: set[str]) -> None:
     after = convert and _only_consumer(convert.output(0), None)
     if after is not None and after.get_type_name() == "Subtract":
         after = _only_consumer(after.output(0), None)
-    if after is None or after.get_type_name() != "Multiply":
+    if convert is None or after is None or after.get_type_name() != "Multiply":
         return
     integers = constant.data.astype(np.int16)
     bits = max(_bits_for(int(integers.min()), int(integers.max())), 1)
