@@ -32,7 +32,7 @@ from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # weights of others are exported as they are on their grid
 STORAGE = "frozen_quantizers"
 LARGEST_PAIR = 2**15 - 1  # sum of two products in vpmaddubsw
-ZERO_POINT = 128  # that the exported form adds to signed activations
+ZERO_POINT = 128  # that kernels add to signed activations
 
 
 class GridQuantizer(nn.Module):
@@ -162,7 +162,7 @@ def freeze(controller: Any) -> nn.Module:
         addresses = frozen.nncf.get_node_to_op_address_mapping()
         for position, native in activations.items():
             step = torch.tensor([found[names[native]]], dtype=torch.float64)
-            zero_point = ZERO_POINT if native.level_low < 0 and reads_input(position, ops) else 0
+            zero_point = max(-native.level_low, 0) if reads_input(position, ops) else 0
             quantizer = GridQuantizer(step, native.level_low, native.level_high, zero_point)
             kind = TargetType.OPERATOR_PRE_HOOK if position.side == "pre" else TargetType.OPERATOR_POST_HOOK
             place = PTInsertionPoint(kind, addresses[position.op], position.port)
