@@ -204,7 +204,7 @@ def _powers_of_two(ops: Sequence[Op], activations: Mapping[Position, Any]) -> di
     if all(is_held(native) for native in activations.values()):
         return {}  # the config's own compression_lr_multiplier
     steps = {activations[position]: float(_step(activations[position])) for position in held}
-    powers = {native: 2.0 ** round(math.log2(step)) if step > 0 else step for native, step in steps.items()}
+    powers = {native: 2.0 ** round(math.log2(step)) if 0 < step < math.inf else step for native, step in steps.items()}
     if powers != steps:
         nncf_logger.warning(
             f"Weight decay has moved the step at the input to {[*steps.values()]}; exported at {[*powers.values()]}"

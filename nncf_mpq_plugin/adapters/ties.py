@@ -210,15 +210,17 @@ def tie_free(reads: Reads, steps: Steps, highest: Mapping[str, int]) -> Steps:
 
 def short(step: float) -> float:
     """
-    :return: the nearest number of 12 binary digits with which OpenVINO's float32 arithmetic is exact: it computes the
-        reciprocal of a step, and the zero point that it adds before it rounds, from the limits of the 8-bit range.
+    :return: the nearest number of at most 12 binary digits with which OpenVINO's float32 arithmetic is exact: it
+        computes the reciprocal of a step, and a zero point that it adds before it rounds, from the limits of the range.
+        It is less than 0.1% away; steps out of float32's range stay.
     """
     unit = 2.0 ** (math.frexp(step)[1] - 12)
     digits = round(step / unit)
-    for candidate in sorted(range(digits - 64, digits + 65), key=lambda other: abs(other - digits)):
-        low, high = (np.float32(limit * candidate * unit) for limit in (-128, 127))
-        if -low * (np.float32(255) / (high - low)) == 128:
-            return candidate * unit
+    with np.errstate(all="ignore"):
+        for candidate in sorted(range(digits - 8, digits + 9), key=lambda other: abs(other - digits)):
+            low, high = (np.float32(limit * candidate * unit) for limit in (-128, 127))
+            if -low * (np.float32(255) / (high - low)) == 128:
+                return candidate * unit
     return step
 
 

@@ -29,7 +29,7 @@ from nncf_mpq_plugin.errors import UnsupportedModelError
 from nncf_mpq_plugin.files import written_atomically
 
 OPSET = 21  # the first with int4; it changes nothing else in what torch writes
-_TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
+TRANSPARENT = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather"}
 _IDENTITY_TOLERANCE = 1e-5
 _INT32 = 2**31 - 1
 
@@ -129,7 +129,7 @@ class _Rewriter:
                     replacement = self.activation(node, low, high, float(step[0]))
                 result.extend(replacement)
             else:
-                if node.op_type in _TRANSPARENT and node.input and node.input[0] in self.scales:
+                if node.op_type in TRANSPARENT and node.input and node.input[0] in self.scales:
                     self.scales[node.output[0]] = self.scales[node.input[0]]
                 elif node.op_type == "Concat" and all(name in self.scales for name in node.input):
                     steps = {self.scales[name] for name in node.input}

@@ -19,7 +19,7 @@ import openvino as ov
 from onnx import numpy_helper
 from openvino import opset13 as ops
 
-from nncf_mpq_plugin.deploy.onnx import weights_of_float_layers
+from nncf_mpq_plugin.deploy.onnx import TRANSPARENT, weights_of_float_layers
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.files import written_atomically
 
@@ -106,10 +106,10 @@ def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:
 
 def _clip_before_rounding(model: onnx.ModelProto) -> None:
     """
-    Make Clip -> QuantizeLinear of QuantizeLinear -> Clip: the same integers, in fewer and faster kernels of OpenVINO.
-    Signed tensors get OpenVINO's own form of them by the way, with zero point 128. (The file keeps the other order:
-    ONNX Runtime would leave the integer kernels.) Two kinds keep that order here, too: behind a layer norm, OpenVINO's
-    values would be further from exact ones; behind a stored signed tensor, it would convert layouts back and forth.
+    Make Clip -> QuantizeLinear of QuantizeLinear -> Clip: the same integers, in fewer kernels of OpenVINO where a
+    stored tensor is quantized again. (The file keeps the other order: ONNX Runtime would leave the integer kernels.)
+    Two kinds keep that order here, too: behind a layer norm, OpenVINO's values would be further from exact ones; a
+    stored tensor that is signed would be converted to float32 and back.
     """
     producers = {output: node for node in model.graph.node for output in node.output}
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
@@ -123,12 +123,11 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
         first = index - 2 if shifted else index - 1
         producer = producers.get(nodes[first].input[0])
         step, zero_point = (constants[name].astype(np.float32) for name in dequantized.input[1:])
+        while producer is not None and producer.op_type in TRANSPARENT:
+            producer = producers.get(producer.input[0])
         kind = producer.op_type if producer is not None else ""
         if kind == "LayerNormalization" or (kind == "DequantizeLinear" and zero_point):
             continue
-        if zero_point and not shifted:
-            rounding.input[2] = dequantized.input[2] = f"{dequantized.output[0]}.middle"
-            model.graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), rounding.input[2]))
         for port in (1, 2):
             value = step * (constants[clip.input[port]].astype(np.float32) - zero_point)
             clip.input[port] += ".value"
