@@ -78,7 +78,8 @@ class Loop:
     :param epochs: passes over the batches.
     :param seed: decides everything random in a step.
     :param fingerprint: JSON-serialisable values that a saved state must share to be continued.
-    :param defaults: what those have that a state does not name, as it was saved before there were such settings.
+    :param defaults: what those have that a state does not name, as it was saved before there were such settings: that
+        which was done then.
     :param gradient_clip: gradients are clipped to [-clip, clip] element by element; None for no clipping.
     :param warmup_epochs: epochs over which the learning rate rises linearly.
     :param final_rate: share of the learning rate that the cosine ends in.

@@ -145,3 +145,13 @@ def test_functions_that_make_other_values_are_named():
     assert (found["tensors"], found["certified"]) == (2, 1)
     assert "HardSwish" in found["not_certified"]["y"]
     json.dumps(found, allow_nan=False)
+
+
+def test_a_constant_that_the_network_adds_to_its_input_is_no_zero_point():
+    graph = Graph()
+    graph.nodes, graph.constants = [], []
+    total = graph.node("Add", ["x", graph.constant("c", np.float32(0.3))], "total")
+    graph.quantize(total, 2.0**-6, "in")
+    (margin,) = graph.certificate().margins
+    assert margin.margin is None
+    assert margin.reason == "computed from the network's input"

@@ -143,9 +143,8 @@ class _Walk:
             low, high = int(self.constants[before.input[1]]), int(self.constants[before.input[2]])
             before = self.makers[before.input[0]]
         source = before.input[0]
-        if source not in self.inputs and self.makers[source].op_type == "Add":
-            one, other = self.makers[source].input
-            source = one if one in self.inputs and other in self.constants else source  # the zero point, added first
+        if source == f"{node.output[0]}.shifted":  # the network's input, with the zero point added first
+            source = self.makers[source].input[0]
         low, high = low - zero, high - zero
         known = self.known[source]
         if source in self.inputs:
