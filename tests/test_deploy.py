@@ -203,6 +203,12 @@ def test_the_bias_before_a_class_token_is_kept(tmp_path):
         assert abs(found - trace.float32[name]).mean() < 0.01 * trace.steps[name], file
 
 
+def test_pairs_are_no_samples(exported):
+    _, frozen, folder = exported
+    with pytest.raises(InputError, match="takes batches of inputs, and got a tuple"):
+        deploy.verify(frozen, folder, [(batches(1)[0], torch.zeros(16))])
+
+
 def test_every_layer_runs_in_an_integer_kernel(exported):
     quantized, _, folder = exported
     layers = [

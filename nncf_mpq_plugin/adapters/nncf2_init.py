@@ -235,6 +235,7 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
         seed, training = values["seed"], values["joint_training"]
         begin = time.perf_counter()
         quantized.calibrate([inputs for inputs, _ in Batches(loader, seed=seed).take(self._params.samples)])
+        self._solve(quantized, quantized.possible(importance_from_scales(quantized)), "keep")  # is there any policy?
         joint = train_jointly(
             quantized, loader, JointConfig(**training, seed=seed), loss_fn=loss, device=device, progress=_log_progress
         )
@@ -253,7 +254,7 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
             )
         table = quantized.possible(table)
         measured = time.perf_counter()
-        solution = self._solve(quantized, table)
+        solution = self._solve(quantized, table, values["out_of_order"])
         seconds = {
             "joint training": trained - begin,
             "importance": measured - trained,
@@ -265,7 +266,7 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
         nncf_logger.info(f"Chosen bit widths, compression ratio to INT8 {ratio:.2f}: {widths}")
         return Outcome(table, solution, ratio, joint, seconds)
 
-    def _solve(self, quantized: LegacyModel, table: ImportanceTable) -> Solution:
+    def _solve(self, quantized: LegacyModel, table: ImportanceTable, out_of_order: str) -> Solution:
         values, begin = self._params.values, time.perf_counter()
         strict = values["bitwidth_assignment_mode"] == STRICT
         ratio, budgets = values["compression_ratio"], values["budgets"]
@@ -273,7 +274,7 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
             with_groups(table, quantized.equal_groups) if strict else table,
             Budget.from_json(budgets, "initializer.precision.budgets") if budgets else None,
             alpha=values["alpha"],
-            out_of_order=values["out_of_order"],
+            out_of_order=out_of_order,
             further_limits=() if ratio is None else (int8_ratio_limit(table, ratio),),
         )
         if strict:

@@ -177,6 +177,12 @@ def _take(samples: Iterable[Tensor], limit: int) -> Tensor:
     batches: list[Tensor] = []
     count = 0
     for batch in samples:
+        if not isinstance(batch, Tensor):
+            msg = (
+                f"Verification takes batches of inputs, and got a {type(batch).__name__}. Of a loader of pairs pass "
+                "the inputs alone: [inputs for inputs, _ in loader]."
+            )
+            raise InputError(msg)
         batches.append(batch[: limit - count].float().cpu())
         count += len(batches[-1])
         if count >= limit:

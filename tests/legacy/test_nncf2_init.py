@@ -16,7 +16,7 @@ from nncf.torch.initialization import PTInitializingDataLoader
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nncf_mpq_plugin.adapters import nncf2
+from nncf_mpq_plugin.adapters import nncf2, nncf2_init
 from nncf_mpq_plugin.adapters.base import native_quantizers
 from nncf_mpq_plugin.errors import ConfigError, InfeasibleBudgetError, InputError, UnsupportedModelError
 from nncf_mpq_plugin.types import ImportanceTable, Policy, read_json, write_json
@@ -314,7 +314,8 @@ def test_wrong_keys_and_values(tmp_path, keys, message) -> None:
         compress(Net(), config(tmp_path, **keys))
 
 
-def test_a_ratio_that_no_policy_reaches(tmp_path) -> None:
+def test_a_ratio_that_no_policy_reaches_is_told_before_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(nncf2_init, "train_jointly", None)
     with pytest.raises(InfeasibleBudgetError, match="nearest that exists is") as error:
         compress(Net(), config(tmp_path, bits=[4, 8], compression_ratio=3.0))
     assert 1.0 < error.value.achievable < 2.0
@@ -328,10 +329,22 @@ def test_data_that_was_not_registered(tmp_path) -> None:
 
 
 def test_an_error_leaves_the_model_as_it_was(tmp_path) -> None:
+    class Failing(nn.CrossEntropyLoss):
+        calls = 0
+
+        def forward(self, output, target):
+            self.calls += 1
+            if self.calls > 10:  # some steps into joint training
+                msg = "no more"
+                raise RuntimeError(msg)
+            return super().forward(output, target)
+
     model = Net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InfeasibleBudgetError):
-        compress(model, config(tmp_path, bits=[4, 8], compression_ratio=3.0))
+    nncf_config = NNCFConfig.from_dict(config(tmp_path, bits=[4, 8]))
+    register_default_init_args(nncf_config, data(), criterion=Failing())
+    with pytest.raises(RuntimeError, match="no more"):
+        create_compressed_model(model, nncf_config, dump_graphs=False)
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
