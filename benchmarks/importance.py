@@ -23,7 +23,7 @@ EVALUATIONS = 24  # of policies in the joint model, for a refinement
 METHODS = (
     "uniform",
     *(f"scale, alpha {alpha:g}" for alpha in (2, 1, 0.5)),
-    *(f"fisher, alpha {alpha:g}" for alpha in (0.5, 0.25, 1)),
+    *(f"fisher, alpha {alpha:g}" for alpha in (0.25, 0.125, 0.0625, 0.5, 1)),
     *("fisher, refined", "fisher per layer, alpha 0.5", "loss change, alpha 0.5"),
     *("reversed", "shuffled", "inverse size", "random 0", "random 1"),
 )
