@@ -11,7 +11,6 @@ digits; the test digits are for reporting. Seconds are CPU time of one thread.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import cluttered_digits
-import torch
 from importance import importance, policy_of
 from policy_accuracy import (
     BITS,
-    FINE_TUNING,
     JOINT,
     Results,
     Trained,
@@ -32,18 +29,16 @@ from policy_accuracy import (
     arguments,
     begun_table,
     budget_of,
+    fine_tuned,
     floating,
-    results_of,
+    placed,
+    report,
     trained,
 )
-from rich.console import Console
 from rich.table import Table
 
-from nncf_mpq_plugin.adapters.nncf3 import place
-from nncf_mpq_plugin.batches import Batches
-from nncf_mpq_plugin.finetune import finetune
 from nncf_mpq_plugin.joint import JointConfig, train_jointly
-from nncf_mpq_plugin.training import set_weights, weights_of
+from nncf_mpq_plugin.training import weights_of
 from nncf_mpq_plugin.types import ImportanceTable, write_json
 
 METHOD = "fisher, alpha 0.25"
@@ -110,8 +105,7 @@ def trained_as(setting: str, name: str, seed: int, data: cluttered_digits.Digits
         return trained(name, seed, data, output)
     wanted, folder = SETTINGS[setting], output / f"{name}-{seed}"
     model, state = floating(name, seed, data, folder)
-    calibration = [inputs for inputs, _ in Batches(data.train, seed=seed).take(256)]
-    quantized = place(model, calibration[0][:1], calibration, bits=wanted.bits)
+    quantized = placed(model, seed, data, wanted.bits)
     original, begin = weights_of(quantized.model), time.process_time()
     train_jointly(quantized, data.train, replace(wanted.joint, seed=seed))
     seconds = {"joint training": time.process_time() - begin}
@@ -132,15 +126,12 @@ def among(bits: tuple[int, ...], table: ImportanceTable) -> ImportanceTable:
 def measure(net: Trained, budget: str, run: int) -> dict[str, Any]:
     """Choose a policy, fine-tune it and evaluate it."""
     policy, _ = policy_of(METHOD, net, budget_of(budget, net))
-    quantized = copy.deepcopy(net.quantized)
-    set_weights(quantized.model, net.original)
-    begin = time.process_time()
-    finetune(quantized, policy, net.data.train, replace(FINE_TUNING, seed=1000 * run + net.seed))
+    model, took = fine_tuned(net, policy, run)
     return {
         "policy": policy.to_json(),
-        "seconds": {**net.seconds, "fine-tuning": time.process_time() - begin},
-        "validation": accuracy(quantized.model, net.data, "validation"),
-        "test": accuracy(quantized.model, net.data, "test"),
+        "seconds": {**net.seconds, "fine-tuning": took},
+        "validation": accuracy(model, net.data, "validation"),
+        "test": accuracy(model, net.data, "test"),
     }
 
 
@@ -173,17 +164,8 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=float, default=[2.5])
     options = parser.parse_args()
     budgets = [f"{level:g} bits" for level in options.bits]
-    torch.set_num_threads(options.threads)
-    console = Console(width=140)
-    if not options.table:
-        wanted = options.networks, options.seeds, budgets, options.methods, options.runs
-        for line in measurements(*wanted, options.output):
-            console.print(line, highlight=False)
-    for network in options.networks:
-        for budget in budgets:
-            results = results_of(network, budget, options.output, options.methods)
-            if results:
-                console.print(table_of(network, budget, results))
+    wanted = options.networks, options.seeds, budgets, options.methods, options.runs
+    report(options, budgets, measurements(*wanted, options.output), lambda *found: [table_of(*found)])
 
 
 if __name__ == "__main__":

@@ -121,13 +121,20 @@ def floating(
     return model, state
 
 
+def placed(
+    model: torch.nn.Module, seed: int, data: cluttered_digits.Digits, bits: Sequence[int] = BITS
+) -> QuantizedModel:
+    """:return: the floating-point network with quantizers of all ``bits``."""
+    calibration = [inputs for inputs, _ in Batches(data.train, seed=seed).take(256)]
+    return place(model, calibration[0][:1], calibration, bits=bits)
+
+
 def trained(name: str, seed: int, data: cluttered_digits.Digits, output: Path) -> Trained:
     """:return: from ``output`` where it is there."""
     folder = output / f"{name}-{seed}"
     model, state = floating(name, seed, data, folder)
     seconds = {"float": state["seconds"]}
-    calibration = [inputs for inputs, _ in Batches(data.train, seed=seed).take(256)]
-    quantized = place(model, calibration[0][:1], calibration, bits=BITS)
+    quantized = placed(model, seed, data)
     original, path = weights_of(quantized.model), folder / "joint.safetensors"
     if path.exists():
         tensors, seconds["joint training"] = load_state(path)
@@ -206,12 +213,8 @@ def measure(net: Trained, method: str, budget: str, run: int, policy_of: PolicyO
         if Policy.from_json(other["policy"]).layers == policy.layers:
             return {**other, **chosen, "same_as": path.stem}
     predicted = net.joint_loss()(policy.layers)
-    quantized = copy.deepcopy(net.quantized)
-    set_weights(quantized.model, net.original)
-    begin = time.process_time()
-    finetune(quantized, policy, net.data.train, replace(FINE_TUNING, seed=1000 * run + net.seed))
-    took = time.process_time() - begin
-    right = right_answers(quantized.model, net.data, "test")
+    model, took = fine_tuned(net, policy, run)
+    right = right_answers(model, net.data, "test")
     return {
         **chosen,
         "test": statistics.mean(right) / cluttered_digits.RENDERINGS["test"],
@@ -220,6 +223,15 @@ def measure(net: Trained, method: str, budget: str, run: int, policy_of: PolicyO
         "joint_loss": predicted,
         "fine_tuning_seconds": took,
     }
+
+
+def fine_tuned(net: Trained, policy: Policy, run: int) -> tuple[torch.nn.Module, float]:
+    """:return: the model, fine-tuned at a policy from its floating-point weights, and the seconds that it took."""
+    quantized = copy.deepcopy(net.quantized)
+    set_weights(quantized.model, net.original)
+    begin = time.process_time()
+    finetune(quantized, policy, net.data.train, replace(FINE_TUNING, seed=1000 * run + net.seed))
+    return quantized.model, time.process_time() - begin
 
 
 Results = dict[str, dict[int, list[dict[str, Any]]]]
@@ -301,17 +313,23 @@ def arguments(description: str | None, methods: Sequence[str], runs: int) -> arg
 
 
 def run(options: argparse.Namespace, budgets: Sequence[str], policy_of: PolicyOf, shown: Shown) -> None:
+    """Measure what is wanted and missing by :func:`measurements`, and print what is there."""
+    wanted = options.networks, options.seeds, budgets, options.methods, options.runs
+    report(options, budgets, measurements(*wanted, policy_of, options.output), shown)
+
+
+def report(options: argparse.Namespace, budgets: Sequence[str], lines: Iterable[str], shown: Shown) -> None:
     """
-    Measure what is wanted and missing, and print what is there.
+    Print what is measured while it is, and then what is there.
 
     :param options: of :func:`arguments`.
+    :param lines: measures as it is iterated.
     :param shown: (network, budget, results) -> what to print.
     """
     torch.set_num_threads(options.threads)
     console = Console(width=140)
     if not options.table:
-        wanted = options.networks, options.seeds, budgets, options.methods, options.runs
-        for line in measurements(*wanted, policy_of, options.output):
+        for line in lines:
             console.print(line, highlight=False)
     for network in options.networks:
         for budget in budgets:

@@ -132,6 +132,12 @@ def test_signed_values_next_to_a_tie_are_rounded_as_they_should(tmp_path, bits, 
     values = (halves * np.float64(step)).astype(np.float32)
     shape = ["n", len(values)]
     quantize = {"domain": "mpq", "low": low, "high": high}
+    constants = {
+        "step": np.array([step]),
+        "zeros": np.zeros_like(values),
+        "values": values,
+        "shape": np.array([-1, len(values)]),
+    }
     before = {
         "LayerNormalization": [helper.make_node("LayerNormalization", ["input", "zeros", "values"], ["x"])],
         "Reshape": [
@@ -148,13 +154,7 @@ def test_signed_values_next_to_a_tie_are_rounded_as_they_should(tmp_path, bits, 
         "one quantizer",
         [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, shape)],
-        [
-            numpy_helper.from_array(value, name)
-            for name, value in (
-                *(("step", np.array([step])), ("zeros", np.zeros_like(values)), ("values", values)),
-                ("shape", np.array([-1, len(values)])),
-            )
-        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mpq", 1)]
     onnx.save(to_standard_operators(helper.make_model(graph, opset_imports=opsets)), tmp_path / "model.onnx")

@@ -13,6 +13,8 @@ from nncf_mpq_plugin.adapters.plan import Op, Position
 from nncf_mpq_plugin.adapters.ties import Steps, read_sums, tie_free
 from nncf_mpq_plugin.errors import UnsupportedModelError
 
+DIVERGED = "training has diverged. Train with a lower learning rate (fine_tuning.learning_rate, scale_learning_rate)."
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -38,10 +40,7 @@ def affine(norm: Any, name: str) -> tuple[Tensor, Tensor]:
     factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     offset = norm.bias.double() - norm.running_mean.double() * factor
     if not (torch.isfinite(factor) & torch.isfinite(offset)).all():
-        msg = (
-            f"The batch norm {name!r} has weights or statistics that are infinite or no numbers: training has "
-            "diverged. Train with a lower learning rate (fine_tuning.learning_rate, scale_learning_rate)."
-        )
+        msg = f"The batch norm {name!r} has weights or statistics that are infinite or no numbers: {DIVERGED}"
         raise UnsupportedModelError(msg)
     return factor, offset
 
@@ -78,10 +77,7 @@ def place_steps(
     steps = {quantizer.name: torch.tensor(quantizer.step) for quantizer in activations.values()} | dict(weights)
     for name, step in steps.items():
         if not (torch.isfinite(step) & (step > 0)).all():
-            msg = (
-                f"The quantizer of {name!r} has a scale that is zero, infinite or no number: training has diverged. "
-                "Train with a lower learning rate (fine_tuning.learning_rate, scale_learning_rate)."
-            )
+            msg = f"The quantizer of {name!r} has a scale that is zero, infinite or no number: {DIVERGED}"
             raise UnsupportedModelError(msg)
     reads = read_sums(ops, {position: quantizer.name for position, quantizer in activations.items()})
     affines = {op: affine(norm, op) for op, norm in norms.items()}

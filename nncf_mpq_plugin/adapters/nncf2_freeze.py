@@ -200,10 +200,13 @@ def _powers_of_two(ops: Sequence[Op], activations: Mapping[Position, Any]) -> di
     :return: NNCF's quantizers whose step ``learned_importance`` has made a power of two -> the one next to their step:
         in a model that was restored from NNCF's state, weight decay moves it.
     """
-    held = [position for position, native in activations.items() if is_held(native) and reads_input(position, ops)]
     if all(is_held(native) for native in activations.values()):
         return {}  # the config's own compression_lr_multiplier
-    steps = {activations[position]: float(_step(activations[position])) for position in held}
+    steps = {
+        native: float(_step(native))
+        for position, native in activations.items()
+        if is_held(native) and reads_input(position, ops)
+    }
     powers = {native: 2.0 ** round(math.log2(step)) if 0 < step < math.inf else step for native, step in steps.items()}
     if powers != steps:
         nncf_logger.warning(

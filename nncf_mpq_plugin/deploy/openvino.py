@@ -121,8 +121,8 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
         rounding, dequantized = nodes[index - 1], nodes[index + 1]
         shifted = rounding.input[0] == f"{dequantized.output[0]}.shifted"
         first = index - 2 if shifted else index - 1
-        producer = producers.get(nodes[first].input[0])
         step, zero_point = (constants[name].astype(np.float32) for name in dequantized.input[1:])
+        producer = producers.get(nodes[first].input[0])
         while producer is not None and producer.op_type in TRANSPARENT:
             producer = producers.get(producer.input[0])
         kind = producer.op_type if producer is not None else ""
