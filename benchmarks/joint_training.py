@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import math
 import itertools
 import json
 import statistics
@@ -47,7 +48,9 @@ Batch = tuple[Tensor, Tensor]
 Clock = Callable[[], float]
 
 
-def chain(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
+def chain(
+    x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0, ceiling: float = math.inf
+) -> Tensor:
     """LSQ in differentiable tensor operations, as most published code has it."""
     scale = (scale - scale * factor).detach() + scale * factor
     v = (x / scale).clamp(low, high)

@@ -1,4 +1,5 @@
 // LSQ fake quantization for the CPU: one pass over the input forward, one backward (lsq.py documents the formulas).
+// The input is cut off at `ceiling` first, which is infinite but for an activation function that ends there.
 //
 // The work is split into blocks of a fixed size, and a block's sum does not depend on the thread that computes it, so
 // gradients are the same for every number of threads. Threads are torch's own: TensorIterator runs the blocks.
@@ -65,36 +66,38 @@ inline T clamp(T value, T low, T high) {  // NaN stays NaN
 }
 
 template <typename T>
-void quantize_block(const T* in, T* out, int64_t size, T scale, T low, T high) {
+void quantize_block(const T* in, T* out, int64_t size, T scale, T low, T high, T ceiling) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
-    out[i] = clamp(std::nearbyint(in[i] / scale), low, high) * scale;
+    const T x = in[i] > ceiling ? ceiling : in[i];
+    out[i] = clamp(std::nearbyint(x / scale), low, high) * scale;
   }
 }
 
 // writes the gradient of the input (`out` may be `grad`); returns that of the scale
 template <typename T>
-double gradient_block(const T* grad, const T* in, T* out, int64_t size, T scale, T low, T high) {
+double gradient_block(const T* grad, const T* in, T* out, int64_t size, T scale, T low, T high, T ceiling) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < size; ++i) {
-    const T v = in[i] / scale, above = grad[i];
+    const bool below = !(in[i] >= ceiling);
+    const T v = (below ? in[i] : ceiling) / scale, above = grad[i];
     const T q = clamp(std::nearbyint(v), low, high);
     const bool inside = (v > low) & (v < high);
     sum += (inside ? q - v : q) * above;
-    out[i] = above * (inside ? T(1) : T(0));
+    out[i] = above * (inside & below ? T(1) : T(0));
   }
   return sum;
 }
 
-at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, int64_t low, int64_t high) {
+at::Tensor quantize(const at::Tensor& x, const at::Tensor& scale, int64_t low, int64_t high, double ceiling) {
   at::Tensor y = at::empty_like(x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lsq_quantize", [&] {
     const scalar_t* in = x.const_data_ptr<scalar_t>();
     const scalar_t* scales = scale.const_data_ptr<scalar_t>();
     scalar_t* out = y.mutable_data_ptr<scalar_t>();
     for_blocks(Blocks(x.numel(), scale.numel()), [=](int64_t row, int64_t begin, int64_t size) {
-      quantize_block<scalar_t>(in + begin, out + begin, size, scales[row], low, high);
+      quantize_block<scalar_t>(in + begin, out + begin, size, scales[row], low, high, ceiling);
       return 0.0;
     });
   });
@@ -107,7 +110,13 @@ bool is_ours(const at::Tensor& tensor) {
 }
 
 std::tuple<at::Tensor, at::Tensor> gradients(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale, int64_t low, int64_t high, double factor) {
+    const at::Tensor& grad,
+    const at::Tensor& x,
+    const at::Tensor& scale,
+    int64_t low,
+    int64_t high,
+    double factor,
+    double ceiling) {
   const bool same_layout = grad.strides() == x.strides();
   const at::Tensor above = same_layout ? grad : at::empty_like(x).copy_(grad);
   const at::Tensor grad_x = !same_layout || is_ours(grad) ? above : at::empty_like(x);
@@ -119,7 +128,7 @@ std::tuple<at::Tensor, at::Tensor> gradients(
     const scalar_t* scales = scale.const_data_ptr<scalar_t>();
     scalar_t* out = grad_x.mutable_data_ptr<scalar_t>();
     const at::Tensor sums = for_blocks(blocks, [=](int64_t row, int64_t begin, int64_t size) {
-      return gradient_block<scalar_t>(from + begin, in + begin, out + begin, size, scales[row], low, high);
+      return gradient_block<scalar_t>(from + begin, in + begin, out + begin, size, scales[row], low, high, ceiling);
     });
     const double* sum = sums.const_data_ptr<double>();
     scalar_t* out_scale = grad_scale.mutable_data_ptr<scalar_t>();
@@ -139,12 +148,14 @@ class Quantize : public torch::autograd::Function<Quantize> {
       const at::Tensor& scale,
       int64_t low,
       int64_t high,
-      double factor) {
+      double factor,
+      double ceiling) {
     context->save_for_backward({x, scale});
     context->saved_data["low"] = low;
     context->saved_data["high"] = high;
     context->saved_data["factor"] = factor;
-    return quantize(x, scale, low, high);
+    context->saved_data["ceiling"] = ceiling;
+    return quantize(x, scale, low, high, ceiling);
   }
 
   static torch::autograd::variable_list backward(
@@ -152,24 +163,31 @@ class Quantize : public torch::autograd::Function<Quantize> {
     const auto saved = context->get_saved_variables();
     auto& data = context->saved_data;
     auto [grad_x, grad_scale] = gradients(
-        grads[0], saved[0], saved[1], data["low"].toInt(), data["high"].toInt(), data["factor"].toDouble());
-    return {grad_x, grad_scale, {}, {}, {}};
+        grads[0],
+        saved[0],
+        saved[1],
+        data["low"].toInt(),
+        data["high"].toInt(),
+        data["factor"].toDouble(),
+        data["ceiling"].toDouble());
+    return {grad_x, grad_scale, {}, {}, {}, {}};
   }
 };
 
-at::Tensor lsq(const at::Tensor& x, const at::Tensor& scale, int64_t low, int64_t high, double factor) {
-  return Quantize::apply(x, scale, low, high, factor);
+at::Tensor lsq(
+    const at::Tensor& x, const at::Tensor& scale, int64_t low, int64_t high, double factor, double ceiling) {
+  return Quantize::apply(x, scale, low, high, factor, ceiling);
 }
 
 at::Tensor lsq_without_gradient(
-    const at::Tensor& x, const at::Tensor& scale, int64_t low, int64_t high, double /*factor*/) {
-  return quantize(x, scale, low, high);
+    const at::Tensor& x, const at::Tensor& scale, int64_t low, int64_t high, double /*factor*/, double ceiling) {
+  return quantize(x, scale, low, high, ceiling);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(nncf_mpq_plugin, library) {
-  library.def("lsq(Tensor x, Tensor scale, int low, int high, float factor) -> Tensor");
+  library.def("lsq(Tensor x, Tensor scale, int low, int high, float factor, float ceiling) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(nncf_mpq_plugin, CPU, library) {

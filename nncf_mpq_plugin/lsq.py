@@ -8,6 +8,9 @@ With ``v = x / s`` and inside meaning ``Qn < v < Qp``:
 * dy/dx (eq. 5) = 1 inside, 0 outside,
 * dy/ds (eq. 3) = round(v) - v inside, Qn or Qp outside; the gradient is multiplied by g = 1 / sqrt(N * Qp) (sec. 2.2).
 
+An unsigned quantizer (Qn = 0) contains the ReLU before it, in values and gradients, and with a ``ceiling`` the ReLU6:
+``x`` is cut off there first, and dy/dx is 0 at and above it.
+
 On a CPU both directions are one pass over memory each, compiled from ``lsq.cpp`` at first use (kept for later runs in
 torch's folder for extensions, ``TORCH_EXTENSIONS_DIR``). Without a compiler, on other devices, and for layouts and
 types that it does not handle, the same function runs as tensor operations: outputs and gradients of the input are
@@ -19,6 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -37,10 +41,12 @@ FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-ffp-contract=off", "-fno-
 COMPILE_SECONDS = 600
 
 logger = logging.getLogger(__name__)
-listeners: list[Callable[[Tensor, Tensor, Tensor, int, int], None]] = []  # told output, x, scale, low, high
+listeners: list[Callable[..., None]] = []  # told output, and x, scale, low, high, ceiling that it was made from
 
 
-def lsq_quantize(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
+def lsq_quantize(
+    x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0, ceiling: float = math.inf
+) -> Tensor:
     """
     Quantize and dequantize ``x``.
 
@@ -49,56 +55,66 @@ def lsq_quantize(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 
     :param low: Qn as a (negative or zero) integer.
     :param high: Qp.
     :param factor: LSQ's gradient scale g = 1 / sqrt(N * Qp), applied to the gradient of ``scale`` only.
+    :param ceiling: what ``x`` is cut off at first.
     :return: the shape of ``x``.
     """
     if _fits_kernel(x, scale):
-        result: Tensor = torch.ops.nncf_mpq_plugin.lsq.default(x, scale, low, high, factor)
+        result: Tensor = torch.ops.nncf_mpq_plugin.lsq.default(x, scale, low, high, factor, ceiling)
     else:
-        result = _LSQ.apply(x, scale, low, high, factor)
+        result = _LSQ.apply(x, scale, low, high, factor, ceiling)
     if result.requires_grad:
         for listener in listeners:
-            listener(result, x, scale, low, high)
+            listener(result, x, scale, low, high, ceiling)
     return result
 
 
-def quantized_values(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def quantized_values(x: Tensor, scale: Tensor, low: int, high: int, ceiling: float = math.inf) -> Tensor:
     """:return: the output of :func:`lsq_quantize`, for tensors that carry no gradient."""
     if _fits_kernel(x, scale):
-        values: Tensor = torch.ops.nncf_mpq_plugin.lsq.default(x, scale, low, high, 1.0)
+        values: Tensor = torch.ops.nncf_mpq_plugin.lsq.default(x, scale, low, high, 1.0, ceiling)
         return values
-    return values_by_tensor_operations(x, scale, low, high)
+    return values_by_tensor_operations(x, scale, low, high, ceiling)
 
 
 class _LSQ(torch.autograd.Function):
     """The same in tensor operations; keeps its input (which the layer before has kept as well) and no copy or mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float, ceiling: float
+    ) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.low, ctx.high, ctx.factor = low, high, factor
-        return values_by_tensor_operations(x, scale, low, high)
+        ctx.low, ctx.high, ctx.factor, ctx.ceiling = low, high, factor, ceiling
+        return values_by_tensor_operations(x, scale, low, high, ceiling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        gradients = gradients_by_tensor_operations(grad, x, scale, ctx.low, ctx.high, ctx.factor)
-        return (*gradients, None, None, None)
+        gradients = gradients_by_tensor_operations(grad, x, scale, ctx.low, ctx.high, ctx.factor, ctx.ceiling)
+        return (*gradients, None, None, None, None)
 
 
-def values_by_tensor_operations(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def values_by_tensor_operations(
+    x: Tensor, scale: Tensor, low: int, high: int, ceiling: float = math.inf
+) -> Tensor:
     """:return: the output of :func:`lsq_quantize`."""
-    return (x / scale).round_().clamp_(low, high).mul_(scale)
+    return (_cut(x, ceiling) / scale).round_().clamp_(low, high).mul_(scale)
 
 
 def gradients_by_tensor_operations(
-    grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, factor: float
+    grad: Tensor, x: Tensor, scale: Tensor, low: int, high: int, factor: float, ceiling: float = math.inf
 ) -> tuple[Tensor, Tensor]:
     """:return: gradients of ``x`` and of ``scale``, for the gradient ``grad`` of the output."""
-    v = x / scale
+    v = _cut(x, ceiling) / scale
     inside = (v > low) & (v < high)
     q = v.round().clamp_(low, high)
     slope = torch.where(inside, q - v, q).mul_(grad)
-    return grad * inside, slope.sum_to_size(scale.shape).mul_(factor)
+    passed = inside if ceiling == math.inf else inside & (x < ceiling)
+    return grad * passed, slope.sum_to_size(scale.shape).mul_(factor)
+
+
+def _cut(x: Tensor, ceiling: float) -> Tensor:
+    return x if ceiling == math.inf else x.clamp_max(ceiling)
 
 
 def _fits_kernel(x: Tensor, scale: Tensor) -> bool:

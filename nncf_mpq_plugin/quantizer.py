@@ -124,8 +124,17 @@ class MultiBitQuantizer(nn.Module):
             raise KeyError(msg)
         self.active = bits
 
-    def forward(self, x: Tensor) -> Tensor:
-        """:param x: any shape. :return: ``x`` on the active grid; ``x`` itself while observing or switched off."""
+    @property
+    def quantizes(self) -> bool:
+        """Whether it does anything: it is neither observing nor switched off."""
+        return self.enabled and self._observed is None
+
+    def forward(self, x: Tensor, ceiling: float = math.inf) -> Tensor:
+        """
+        :param x: any shape.
+        :param ceiling: what ``x`` is cut off at first, where it quantizes.
+        :return: ``x`` on the active grid; ``x`` itself while observing or switched off.
+        """
         if self._observed is not None:
             self._observe(x)
             return x
@@ -133,7 +142,7 @@ class MultiBitQuantizer(nn.Module):
             return x
         low, high = self.integer_range()
         with torch._C.DisableTorchFunction():  # NNCF's function hooks would intercept every operation in here
-            return lsq_quantize(x, self.effective_scale(), low, high, self.gradient_factor(x))
+            return lsq_quantize(x, self.effective_scale(), low, high, self.gradient_factor(x), ceiling)
 
     def gradient_factor(self, x: Tensor) -> float:
         """

@@ -28,10 +28,11 @@ class _Recipe:
     scale: Tensor
     low: int
     high: int
+    ceiling: float
 
     def values(self) -> Tensor:
         x = self.x.values() if isinstance(self.x, _Recipe) else self.x
-        return lsq.quantized_values(x, self.scale, self.low, self.high)
+        return lsq.quantized_values(x, self.scale, self.low, self.high, self.ceiling)
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class _Recipes:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, _Recipe]] = {}
 
-    def add(self, output: Tensor, x: Tensor, scale: Tensor, low: int, high: int) -> None:
+    def add(self, output: Tensor, x: Tensor, scale: Tensor, low: int, high: int, ceiling: float) -> None:
         x = x.detach()
-        recipe = _Recipe(self._recipe(x) or x, scale.detach(), low, high)
+        recipe = _Recipe(self._recipe(x) or x, scale.detach(), low, high, ceiling)
         self._known[output.data_ptr()] = (weakref.ref(output), output._version, recipe)
 
     def clear(self) -> None:

@@ -11,6 +11,7 @@ import copy
 import fnmatch
 import io
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -83,6 +84,7 @@ PRIVATE_NAMES = (
     "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.execute_post_hooks",
     "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.execute_pre_hooks",
     "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.get_current_relative_name",
+    "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.get_next_op_call_name",
     "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.process_model_inputs",
     "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode.process_model_outputs",
     "nncf.torch.function_hook.hook_storage.HookStorage.delete_hook",
@@ -110,6 +112,7 @@ PRIVATE_ATTRIBUTES = {
         "to_node",
     ),
     "nncf.torch.function_hook.hook_executor_mode.FunctionHookMode": (
+        "enabled",
         "module_call_stack",
         "nested_enter_count",
         "op_calls",
@@ -172,7 +175,7 @@ class NNCFQuantizedModel(QuantizedModel):
     norms: Mapping[str, str] = field(default_factory=dict)
 
     def several_passes(self) -> contextlib.AbstractContextManager[None]:
-        return SharedPasses(self.model)
+        return SharedPasses(self.model, _ceilings(self.ops))
 
     @property
     def floating_parameters(self) -> tuple[str, ...]:
@@ -669,6 +672,20 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
     observe(quantized.model, quantizers, calibration)
     for quantizer in quantizers:
         quantizer.finish_observing()
+
+
+def _ceilings(ops: Sequence[Op]) -> dict[str, float]:
+    """:return: what each ReLU (and ReLU6, ...) cuts off at, above 0, for those that alone read their input."""
+    readers = Counter(tensor for op in ops for tensor in op.inputs.values())
+    found = {}
+    for op in ops:
+        function = op.name.split("/")[-2].removesuffix("_") if "/" in op.name else ""
+        alone = [readers[tensor] for tensor in op.inputs.values()] == [1]
+        if alone and function == "relu":
+            found[op.name] = math.inf
+        elif alone and function in CLIPS and len(op.bounds) == 2 and op.bounds[0] == 0:
+            found[op.name] = op.bounds[1]
+    return found
 
 
 def _stem(model: nn.Module, first: PlacedLayer | None, sites: Mapping[str, LayerSite]) -> nn.Module | None:

@@ -4,13 +4,16 @@ NNCF's hooks without what every forward pass does anew.
 NNCF builds a new mode for each call of a model: it lists all parameters and wraps all modules, and at each operation it
 looks for a hook at each argument. On networks with many small layers that is a tenth of a pass. Many passes can share
 the mode, and which operations have a quantizer is known beforehand.
+
+A ReLU or ReLU6 whose output goes to an unsigned quantizer is left out: the quantizer cuts off at 0 itself, and at 6 when
+told so (lsq.py), and one pass over memory less each way is a tenth of a pass as well.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from nncf.torch.function_hook import get_hook_storage
@@ -26,11 +29,17 @@ Ports = Mapping[str, list[tuple[int, list[nn.Module]]]]
 class _SharedMode(FunctionHookMode):
     """Calls quantizers where there are some, and leaves every other operation alone."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ceilings: Mapping[str, float]) -> None:
         storage = get_hook_storage(model)
         super().__init__(model, storage)
         self._before, self._behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
         self._names: dict[tuple[int, ...], str] = {}
+        self._ceilings = {operation: ceiling for operation, ceiling in ceilings.items() if self._contained(operation)}
+        self._functions = {operation.split("/")[-2] for operation in self._ceilings}
+
+    def _contained(self, operation: str) -> bool:
+        hooks = [hook for _, group in self._behind.get(operation, []) for hook in group]
+        return operation not in self._before and len(hooks) == 1 and hooks[0].integer_range()[0] == 0
 
     @property
     def hooked(self) -> Collection[str]:
@@ -43,6 +52,25 @@ class _SharedMode(FunctionHookMode):
         if name is None:
             name = self._names[stack] = super().get_current_relative_name()
         return name
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: list[type[Any]],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # NNCF names what torch.nn.functional.relu calls, and takes care of that itself
+        if func.__name__ not in self._functions or func is nn.functional.relu or not self.enabled:
+            return super().__torch_function__(func, types, args, kwargs)
+        name = self.get_next_op_call_name(func.__name__)
+        if name in self._ceilings and args:
+            (quantizer,) = self._behind[name][0][1]
+            if quantizer.quantizes:
+                return quantizer(args[0], self._ceilings[name])
+        operation = OpMeta(name, func)
+        args, kwargs = self.execute_pre_hooks(args, kwargs or {}, operation)
+        return self.execute_post_hooks(func(*args, **kwargs), operation)
 
     def execute_pre_hooks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], op_meta: OpMeta
@@ -76,10 +104,11 @@ class SharedPasses:
     Between its making and its last use no hook may come or go, and nothing may copy the model inside.
 
     :param model: with :class:`MultiBitQuantizer` as its only hooks, each before or behind an operation or the model.
+    :param ceilings: ReLUs and their like, whose input nothing else reads -> what they cut off at, above 0.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._mode = model, _SharedMode(model)
+    def __init__(self, model: nn.Module, ceilings: Mapping[str, float]) -> None:
+        self._model, self._mode = model, _SharedMode(model, ceilings)
         tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         assert tensors.isdisjoint(self._mode.hooked), "hooks on parameters themselves would be passed over"
         quantizers = {part for q in model.modules() if isinstance(q, MultiBitQuantizer) for part in q.modules()}
