@@ -48,9 +48,7 @@ Batch = tuple[Tensor, Tensor]
 Clock = Callable[[], float]
 
 
-def chain(
-    x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0, ceiling: float = math.inf
-) -> Tensor:
+def chain(x: Tensor, scale: Tensor, low: int, high: int, factor: float = 1.0, ceiling: float = math.inf) -> Tensor:
     """LSQ in differentiable tensor operations, as most published code has it."""
     scale = (scale - scale * factor).detach() + scale * factor
     v = (x / scale).clamp(low, high)

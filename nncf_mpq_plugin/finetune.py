@@ -245,9 +245,10 @@ def finetune(
     task_loss = loss_fn or cross_entropy(config.label_smoothing)
 
     replica = distributed.replicated(model, device)
+    passes = quantized.several_passes()
 
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
-        with distributed.one_pass(replica):
+        with passes, distributed.one_pass(replica):
             with recomputed():
                 output = replica(inputs)
             share = 1.0 if config.label_free else config.distillation

@@ -80,9 +80,7 @@ class _LSQ(torch.autograd.Function):
     """The same in tensor operations; keeps its input (which the layer before has kept as well) and no copy or mask."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float, ceiling: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, factor: float, ceiling: float) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.low, ctx.high, ctx.factor, ctx.ceiling = low, high, factor, ceiling
         return values_by_tensor_operations(x, scale, low, high, ceiling)
@@ -94,9 +92,7 @@ class _LSQ(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def values_by_tensor_operations(
-    x: Tensor, scale: Tensor, low: int, high: int, ceiling: float = math.inf
-) -> Tensor:
+def values_by_tensor_operations(x: Tensor, scale: Tensor, low: int, high: int, ceiling: float = math.inf) -> Tensor:
     """:return: the output of :func:`lsq_quantize`."""
     return (_cut(x, ceiling) / scale).round_().clamp_(low, high).mul_(scale)
 

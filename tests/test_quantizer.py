@@ -58,6 +58,28 @@ def test_forward_and_gradients_are_those_of_the_paper(shape, per_channel, signed
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
+@pytest.mark.parametrize("scale", [0.3, 0.75, 3.0])  # 6 is beyond 3 bits, within them, and a tie's neighbour
+@pytest.mark.parametrize("ceiling", [math.inf, 6.0], ids=["ReLU", "ReLU6"])
+def test_an_unsigned_quantizer_contains_the_activation_function_before_it(ceiling, scale, per_channel):
+    x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0)) * 4
+    x.flatten()[:6] = torch.tensor([0.0, 6.0, -0.0, 1.5 * scale, math.inf, -math.inf])
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    scales = torch.full((4, 1, 1, 1) if per_channel else (1,), scale)
+    results = []
+    for apart in (True, False):
+        a, s = x.clone().requires_grad_(), scales.clone().requires_grad_()
+        y = lsq_quantize(a.clamp(0, ceiling), s, 0, 7) if apart else lsq_quantize(a, s, 0, 7, ceiling=ceiling)
+        y.backward(grad)
+        results.append((y.detach(), a.grad, s.grad))
+    # clamp passes the gradient at its bounds on, where ReLU and hardtanh do not
+    bound = (x == 0) | (x == ceiling)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(torch.where(bound, 0, results[0][1]), results[1][1])
+    assert torch.equal(results[0][2], results[1][2])
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
 def test_memory_layout_does_not_matter(layout):
     x = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -92,12 +114,12 @@ def test_gradcheck_on_the_clipped_pieces(signed, per_channel):
     assert torch.autograd.gradcheck(lambda a, s: lsq_quantize(a, s, *integer_range(3, signed)), (x, scale))
 
 
-def both_ways(x, scale, low, high, grad, monkeypatch):
+def both_ways(x, scale, low, high, grad, monkeypatch, ceiling=math.inf):
     results = []
     for use_kernel in (True, False):
         monkeypatch.setattr(lsq, "compiled", lambda use_kernel=use_kernel: use_kernel)
         a, s = x.detach().requires_grad_(), scale.clone().requires_grad_()
-        y = lsq_quantize(a, s, low, high, 0.1)
+        y = lsq_quantize(a, s, low, high, 0.1, ceiling)
         y.backward(grad)
         results.append((y.detach(), a.grad, s.grad))
     return results
@@ -118,7 +140,8 @@ def both_ways(x, scale, low, high, grad, monkeypatch):
     ],
     ids=str,
 )
-def test_the_kernel_computes_what_tensor_operations_do(shape, scales, layout, dtype, monkeypatch):
+@pytest.mark.parametrize("ceiling", [math.inf, 0.25], ids=["whole", "cut off"])
+def test_the_kernel_computes_what_tensor_operations_do(shape, scales, layout, dtype, ceiling, monkeypatch):
     """Equal bit for bit, but for the order in which the scale's gradient is summed."""
     assert lsq.compiled()
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +150,7 @@ def test_the_kernel_computes_what_tensor_operations_do(shape, scales, layout, dt
     scale = 0.1 + torch.rand(scales, generator=generator, dtype=dtype)
     x.flatten()[: x.numel() // 4].fill_(1.5 * scale.flatten()[0])  # a tie where memory allows a view
     grad = torch.randn(shape, generator=generator, dtype=dtype)
-    one, other = both_ways(x, scale, -4, 3, grad, monkeypatch)
+    one, other = both_ways(x, scale, -4, 3, grad, monkeypatch, ceiling)
     assert torch.equal(one[0], other[0])
     assert one[0].stride() == other[0].stride()
     assert torch.equal(one[1], other[1])
@@ -151,9 +174,10 @@ def test_gradients_that_others_use_are_not_written_over():
     assert torch.equal(x.grad, 2 * grad * inside)
 
 
-def test_values_that_are_not_finite_stay_so(monkeypatch):
+@pytest.mark.parametrize("ceiling", [math.inf, 1.0])
+def test_values_that_are_not_finite_stay_so(ceiling, monkeypatch):
     x = torch.tensor([math.nan, math.inf, -math.inf, 1.0])
-    one, other = both_ways(x, torch.tensor([0.5]), -4, 3, torch.ones(4), monkeypatch)
+    one, other = both_ways(x, torch.tensor([0.5]), -4, 3, torch.ones(4), monkeypatch, ceiling)
     torch.testing.assert_close(one[0], other[0], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(one[1], other[1], rtol=0, atol=0, equal_nan=True)
     assert math.isnan(one[0][0])
