@@ -18,9 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import math
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time

@@ -8,6 +8,8 @@ it says which bit widths each may have, and puts a multi-bit quantizer in the pl
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,11 +39,11 @@ class LimitedQuantizer(MultiBitQuantizer):
         """Make ``bits``, or the nearest candidate above it, or else the highest, the active bit width."""
         super().select(min((b for b in self.bits if b >= bits), default=self.bits[-1]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ceiling: float = math.inf) -> Tensor:
         """As the parent's, one operation of NNCF's tracing."""
         from nncf_mpq_plugin.adapters.nncf2_graph import traced
 
-        return traced(x, super().forward)
+        return traced(x, functools.partial(super().forward, ceiling=ceiling))
 
     def trained_step(self, bits: int) -> Tensor:
         """:return: the step at ``bits`` that training ended with, moved to a power of two at the network's input."""

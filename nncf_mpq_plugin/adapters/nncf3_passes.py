@@ -5,8 +5,8 @@ NNCF builds a new mode for each call of a model: it lists all parameters and wra
 looks for a hook at each argument. On networks with many small layers that is a tenth of a pass. Many passes can share
 the mode, and which operations have a quantizer is known beforehand.
 
-A ReLU or ReLU6 whose output goes to an unsigned quantizer is left out: the quantizer cuts off at 0 itself, and at 6 when
-told so (lsq.py), and one pass over memory less each way is a tenth of a pass as well.
+A ReLU or ReLU6 whose output goes to an unsigned quantizer is left out: the quantizer cuts off at 0 itself, and at 6
+when told so (lsq.py), and one pass over memory less each way is a tenth of a pass as well.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class _SharedMode(FunctionHookMode):
 
     def _contained(self, operation: str) -> bool:
         hooks = [hook for _, group in self._behind.get(operation, []) for hook in group]
-        return operation not in self._before and len(hooks) == 1 and hooks[0].integer_range()[0] == 0
+        unsigned = [isinstance(hook, MultiBitQuantizer) and not hook.signed for hook in hooks]
+        return operation not in self._before and unsigned == [True]
 
     @property
     def hooked(self) -> Collection[str]:
