@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from policy_accuracy import SAMPLES, Trained, arguments, remarks, run, table_of
+from policy_accuracy import FINE_TUNING, SAMPLES, Trained, arguments, remarks, run, table_of
 
 from nncf_mpq_plugin import comparison
 from nncf_mpq_plugin.allocation import prepare, search
@@ -76,8 +76,10 @@ def main() -> None:
     """Command line."""
     parser = arguments(__doc__, METHODS, runs=2)
     parser.add_argument("--bits", nargs="+", type=float, default=[3, 2.5])
+    parser.add_argument("--epochs", type=int, default=FINE_TUNING.epochs, help="of fine-tuning")
     options = parser.parse_args()
-    budgets = [f"{level:g} bits" for level in options.bits]
+    schedule = "" if options.epochs == FINE_TUNING.epochs else f", {options.epochs} epochs"
+    budgets = [f"{level:g} bits{schedule}" for level in options.bits]
     run(options, budgets, policy_of, lambda *found: [table_of(*found), *remarks(found[-1])])
 
 

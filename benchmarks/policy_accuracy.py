@@ -161,12 +161,21 @@ def accuracy(model: torch.nn.Module, data: cluttered_digits.Digits, part: str) -
 
 
 def budget_of(name: str, net: Trained) -> Budget:
-    """:param name: "2.5 bits": the BitOps of uniform 2.5 bits; "size of 3 bits": the bytes of uniform 3-bit weights."""
-    level = float(name.split()[-2])
+    """
+    :param name: "2.5 bits": the BitOps of uniform 2.5 bits; "size of 3 bits": the bytes of uniform 3-bit weights. What
+        is behind a comma is not the budget's, see :func:`schedule_of`.
+    """
+    level = float(name.partition(", ")[0].split()[-2])
     if not name.startswith("size of "):
         return Budget(average_bits=AverageBits(level, level))
     weights = sum(layer.cost.weights * (layer.fixed.weight if layer.fixed else level) for layer in net.quantized.layers)
     return Budget(model_size_bytes=weights / 8)
+
+
+def schedule_of(budget: str) -> FinetuneConfig:
+    """:return: the fine-tuning at "2.5 bits, 10 epochs"; one epoch where nothing is said."""
+    _, _, epochs = budget.partition(", ")
+    return replace(FINE_TUNING, epochs=int(epochs.split()[0])) if epochs else FINE_TUNING
 
 
 def described(budget: str) -> str:
@@ -208,12 +217,13 @@ def measure(net: Trained, method: str, budget: str, run: int, policy_of: PolicyO
     """Choose a policy, fine-tune it and evaluate it; a policy that another method chose is not fine-tuned again."""
     policy, search_seconds = policy_of(method, net, budget_of(budget, net))
     chosen = {"search_seconds": search_seconds, "seconds": net.seconds, "policy": policy.to_json()}
-    for path in net.folder.glob(f"* bits, run {run}, *.json"):
+    comma, epochs = budget.partition(", ")[1:]
+    for path in net.folder.glob(f"* bits{comma}{epochs}, run {run}, *.json"):
         other = json.loads(path.read_text())
         if Policy.from_json(other["policy"]).layers == policy.layers:
             return {**other, **chosen, "same_as": path.stem}
     predicted = net.joint_loss()(policy.layers)
-    model, took = fine_tuned(net, policy, run)
+    model, took = fine_tuned(net, policy, run, schedule_of(budget))
     right = right_answers(model, net.data, "test")
     return {
         **chosen,
@@ -225,12 +235,14 @@ def measure(net: Trained, method: str, budget: str, run: int, policy_of: PolicyO
     }
 
 
-def fine_tuned(net: Trained, policy: Policy, run: int) -> tuple[torch.nn.Module, float]:
+def fine_tuned(
+    net: Trained, policy: Policy, run: int, schedule: FinetuneConfig = FINE_TUNING
+) -> tuple[torch.nn.Module, float]:
     """:return: the model, fine-tuned at a policy from its floating-point weights, and the seconds that it took."""
     quantized = copy.deepcopy(net.quantized)
     set_weights(quantized.model, net.original)
     begin = time.process_time()
-    finetune(quantized, policy, net.data.train, replace(FINE_TUNING, seed=1000 * run + net.seed))
+    finetune(quantized, policy, net.data.train, replace(schedule, seed=1000 * run + net.seed))
     return quantized.model, time.process_time() - begin
 
 
@@ -242,7 +254,7 @@ def results_of(name: str, budget: str, output: Path, methods: Sequence[str]) -> 
     """:return: method -> seed -> one result for each run."""
     results: Results = {}
     for path in sorted(output.glob(f"{name}-*/{budget}, run *.json")):
-        seed, method = int(path.parent.name.rsplit("-", 1)[1]), path.stem.split(", ", 2)[2]
+        seed, method = int(path.parent.name.rsplit("-", 1)[1]), path.stem.split(", run ")[1].split(", ", 1)[1]
         if method in methods:
             results.setdefault(method, {}).setdefault(seed, []).append(json.loads(path.read_text()))
     return results
