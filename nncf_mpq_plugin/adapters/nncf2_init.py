@@ -263,7 +263,9 @@ class LearnedImportanceInitializer(BasePrecisionInitializer):
         bits = solution.policy.layers
         ratio = int8_ratio(table, bits)
         widths = ", ".join(f"{name} W{width.weight}A{width.activation}" for name, width in bits.items())
-        nncf_logger.info(f"Chosen bit widths, compression ratio to INT8 {ratio:.2f}: {widths}")
+        limit = values["compression_ratio"]
+        asked = "" if limit is None else f" (limit {limit:g})"
+        nncf_logger.info(f"Chosen bit widths, compression ratio to INT8 {ratio:.2f}{asked}: {widths}")
         return Outcome(table, solution, ratio, joint, seconds)
 
     def _solve(self, quantized: LegacyModel, table: ImportanceTable, out_of_order: str) -> Solution:

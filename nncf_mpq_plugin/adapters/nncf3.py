@@ -134,6 +134,7 @@ FLOAT_FUNCTIONS = (
     "softmax",
 )
 CLIPS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (None, None), "clip": (None, None)}
+ENDING_CLIPS = ("relu6", "hardtanh")  # no gradient at the bounds themselves, where clamp has one
 WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 SMALLEST_GAMMA = 1e-4
 
@@ -683,7 +684,7 @@ def _ceilings(ops: Sequence[Op]) -> dict[str, float]:
         alone = [readers[tensor] for tensor in op.inputs.values()] == [1]
         if alone and function == "relu":
             found[op.name] = math.inf
-        elif alone and function in CLIPS and len(op.bounds) == 2 and op.bounds[0] == 0:
+        elif alone and function in ENDING_CLIPS and op.bounds[:1] == (0.0,):
             found[op.name] = op.bounds[1]
     return found
 
