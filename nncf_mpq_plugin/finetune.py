@@ -248,8 +248,8 @@ def finetune(
     passes = quantized.several_passes()
 
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
-        with passes, distributed.one_pass(replica):
-            with recomputed():
+        with distributed.one_pass(replica):
+            with passes, recomputed():
                 output = replica(inputs)
             share = 1.0 if config.label_free else config.distillation
             loss = torch.zeros((), device=device)

@@ -41,7 +41,8 @@ FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-ffp-contract=off", "-fno-
 COMPILE_SECONDS = 600
 
 logger = logging.getLogger(__name__)
-listeners: list[Callable[..., None]] = []  # told output, and x, scale, low, high, ceiling that it was made from
+# told the output, and x, scale, low, high and ceiling that it was made from
+listeners: list[Callable[[Tensor, Tensor, Tensor, int, int, float], None]] = []
 
 
 def lsq_quantize(

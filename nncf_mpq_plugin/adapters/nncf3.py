@@ -134,6 +134,7 @@ FLOAT_FUNCTIONS = (
     "softmax",
 )
 CLIPS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (None, None), "clip": (None, None)}
+IN_PLACE_ADDITIONS = ("add_", "__iadd__")
 ENDING_CLIPS = ("relu6", "hardtanh")  # no gradient at the bounds themselves, where clamp has one
 WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 SMALLEST_GAMMA = 1e-4
@@ -168,15 +169,17 @@ class NNCFQuantizedModel(QuantizedModel):
     :param plan: positions of the activation quantizers.
     :param ops: the model's operations in topological order.
     :param norms: operation -> module of each batch norm that no layer takes in.
+    :param ceilings: ReLUs and their like that a quantizer behind them can stand for -> what they cut off at, above 0.
     """
 
     sites: Mapping[str, LayerSite] = None  # type: ignore[assignment]
     plan: Plan = None  # type: ignore[assignment]
     ops: tuple[Op, ...] = ()
     norms: Mapping[str, str] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
 
     def several_passes(self) -> contextlib.AbstractContextManager[None]:
-        return SharedPasses(self.model, _ceilings(self.ops))
+        return SharedPasses(self.model, self.ceilings)
 
     @property
     def floating_parameters(self) -> tuple[str, ...]:
@@ -225,6 +228,7 @@ def place(
         raise UnsupportedModelError(msg)
     fixed = resolve_fixed(list(costs), fixed_bits)
     plan = make_plan(ops, signs, {sites[name].op: width for name, width in fixed.items()}, target)
+    ceilings = _ceilings(ops, quantized, example_input)
 
     storage = get_hook_storage(quantized)
     name_of = {site.op: name for name, site in sites.items()}
@@ -277,6 +281,7 @@ def place(
         plan=plan,
         ops=tuple(ops),
         norms=norms,
+        ceilings=ceilings,
     )
     _calibrate(result, calibration)
     return result
@@ -538,8 +543,7 @@ def _read_graph(
             for e in edges
             if e.from_node.node_name not in constants
         }
-        parts = node.node_name.split("/")
-        function = parts[-2] if len(parts) > 1 else ""
+        function = _function(node.node_name)
         kind = OTHER
         if node.node_name in weight_hooks:
             kind = WEIGHTED
@@ -586,7 +590,7 @@ def _read_graph(
 
 def _averaged(node: Any, graph: Any) -> tuple[int | None, tuple[float, ...]]:
     """:return: :attr:`Op.averaged` and :attr:`Op.bounds` of an operation that NNCF does not list as transparent."""
-    function = node.node_name.split("/")[-2].removesuffix("_") if "/" in node.node_name else ""
+    function = _function(node.node_name).removesuffix("_")
     positional = list(node.layer_attributes.op_args)[1:] if node.layer_attributes is not None else []
     named = node.layer_attributes.op_kwargs if node.layer_attributes is not None else {}
     if function == "relu":
@@ -675,18 +679,53 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
         quantizer.finish_observing()
 
 
-def _ceilings(ops: Sequence[Op]) -> dict[str, float]:
-    """:return: what each ReLU (and ReLU6, ...) cuts off at, above 0, for those that alone read their input."""
+def _ceilings(ops: Sequence[Op], model: nn.Module, example_input: Tensor) -> dict[str, float]:
+    """:return: :attr:`NNCFQuantizedModel.ceilings`, of a model without hooks."""
+    by_name = {op.name: op for op in ops}
     readers = Counter(tensor for op in ops for tensor in op.inputs.values())
+
+    def read_by_nobody_else(tensor: tuple[str, int]) -> bool:
+        """:return: whether it can stay as it is where a function would have changed it in place."""
+        producer = by_name[tensor[0]]
+        if readers[tensor] != 1:
+            return False
+        if producer.kind == ADD and _function(producer.name) in IN_PLACE_ADDITIONS:
+            return 0 in producer.inputs and read_by_nobody_else(producer.inputs[0])
+        return producer.kind in (WEIGHTED, ADD) or _function(producer.name) == "batch_norm"  # others may give views
+
     found = {}
     for op in ops:
-        function = op.name.split("/")[-2].removesuffix("_") if "/" in op.name else ""
-        alone = [readers[tensor] for tensor in op.inputs.values()] == [1]
-        if alone and function == "relu":
-            found[op.name] = math.inf
-        elif alone and function in ENDING_CLIPS and op.bounds[:1] == (0.0,):
-            found[op.name] = op.bounds[1]
+        function = _function(op.name).removesuffix("_")
+        clips = function in ENDING_CLIPS and op.bounds[:1] == (0.0,)
+        if (function == "relu" or clips) and all(map(read_by_nobody_else, op.inputs.values())):
+            found[op.name] = op.bounds[1] if clips else math.inf
+
+    # Who reads the variable that a function in place has changed reads its output, in NNCF's eyes, but not what a hook
+    # behind it makes of that.
+    storage = get_hook_storage(model)
+    hooks = [_hook_name(Position("post", name, 0)) for name in found]
+    for hook in hooks:
+        storage.insert_hook_by_name(hook, _Copy())
+    graph = build_nncf_graph(model, example_input)
+    for hook in hooks:
+        storage.delete_hook(hook)
+    for node in graph.get_all_nodes():
+        targets = [edge.to_node.node_name for edge in graph.get_output_edges(node)]
+        if node.node_name in found and not (len(targets) == 1 and "post_hook__" in targets[0]):
+            del found[node.node_name]
     return found
+
+
+class _Copy(nn.Module):
+    """A hook that NNCF's graph shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1
+
+
+def _function(operation: str) -> str:
+    """:return: the function in NNCF's name of an operation."""
+    return operation.split("/")[-2] if "/" in operation else ""
 
 
 def _stem(model: nn.Module, first: PlacedLayer | None, sites: Mapping[str, LayerSite]) -> nn.Module | None:

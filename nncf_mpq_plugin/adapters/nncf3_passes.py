@@ -61,7 +61,7 @@ class _SharedMode(FunctionHookMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # NNCF names what torch.nn.functional.relu calls, and takes care of that itself
+        # as NNCF does it, whose own way would count a name twice; what torch.nn.functional.relu calls has the name
         if func.__name__ not in self._functions or func is nn.functional.relu or not self.enabled:
             return super().__torch_function__(func, types, args, kwargs)
         name = self.get_next_op_call_name(func.__name__)
@@ -105,7 +105,8 @@ class SharedPasses:
     Between its making and its last use no hook may come or go, and nothing may copy the model inside.
 
     :param model: with :class:`MultiBitQuantizer` as its only hooks, each before or behind an operation or the model.
-    :param ceilings: ReLUs and their like, whose input nothing else reads -> what they cut off at, above 0.
+    :param ceilings: ReLUs and their like, whose input and output nothing but the quantizer may read -> what they cut
+        off at, above 0.
     """
 
     def __init__(self, model: nn.Module, ceilings: Mapping[str, float]) -> None:
