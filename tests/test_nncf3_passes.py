@@ -70,7 +70,7 @@ class Calls(TorchDispatchMode):
 
 
 class Rectified(nn.Module):
-    """Five convolutions, and activation functions as the classes below have them."""
+    """Four convolutions, and activation functions as the classes below have them."""
 
     runs = 0  # activation functions that no quantizer can stand for
 

@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nncf_mpq_plugin.adapters.base import replace_hook
 from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
-from nncf_mpq_plugin.adapters.nncf3_passes import SharedPasses
+from nncf_mpq_plugin.adapters.nncf3_passes import SharedPasses, function_of
 from nncf_mpq_plugin.adapters.plan import (
     ADD,
     ADD_FUNCTIONS,
@@ -495,7 +495,7 @@ def _take_out_quantizers(quantized: nn.Module) -> tuple[dict[Position, bool], di
     positions, weights = {}, {}
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):
         position = _position(name)
-        if position.side == "pre" and position.port == 1 and position.op.split("/")[-2] in WEIGHTED_FUNCTIONS:
+        if position.side == "pre" and position.port == 1 and function_of(position.op) in WEIGHTED_FUNCTIONS:
             weights[position.op] = name
         else:
             positions[position] = bool(hook.signed)
@@ -543,7 +543,7 @@ def _read_graph(
             for e in edges
             if e.from_node.node_name not in constants
         }
-        function = _function(node.node_name)
+        function = function_of(node.node_name)
         kind = OTHER
         if node.node_name in weight_hooks:
             kind = WEIGHTED
@@ -590,7 +590,7 @@ def _read_graph(
 
 def _averaged(node: Any, graph: Any) -> tuple[int | None, tuple[float, ...]]:
     """:return: :attr:`Op.averaged` and :attr:`Op.bounds` of an operation that NNCF does not list as transparent."""
-    function = _function(node.node_name).removesuffix("_")
+    function = function_of(node.node_name).removesuffix("_")
     positional = list(node.layer_attributes.op_args)[1:] if node.layer_attributes is not None else []
     named = node.layer_attributes.op_kwargs if node.layer_attributes is not None else {}
     if function == "relu":
@@ -623,7 +623,7 @@ def _foldable_norms(graph: Any, model: nn.Module, constants: Collection[str]) ->
     """
     modules: dict[str, str] = {}
     for node in graph.get_all_nodes():
-        if node.node_name.split("/")[-2:-1] == ["batch_norm"]:
+        if function_of(node.node_name) == "batch_norm":
             tensors = {edge.from_node.node_name for edge in graph.get_input_edges(node)} & set(constants)
             owners = {name.rpartition(".")[0] for name in tensors}
             if len(owners) == 1:
@@ -689,16 +689,18 @@ def _ceilings(ops: Sequence[Op], model: nn.Module, example_input: Tensor) -> dic
         producer = by_name[tensor[0]]
         if readers[tensor] != 1:
             return False
-        if producer.kind == ADD and _function(producer.name) in IN_PLACE_ADDITIONS:
+        if producer.kind == ADD and function_of(producer.name) in IN_PLACE_ADDITIONS:
             return 0 in producer.inputs and read_by_nobody_else(producer.inputs[0])
-        return producer.kind in (WEIGHTED, ADD) or _function(producer.name) == "batch_norm"  # others may give views
+        return producer.kind in (WEIGHTED, ADD) or function_of(producer.name) == "batch_norm"  # others may give views
 
     found = {}
     for op in ops:
-        function = _function(op.name).removesuffix("_")
+        function = function_of(op.name).removesuffix("_")
         clips = function in ENDING_CLIPS and op.bounds[:1] == (0.0,)
         if (function == "relu" or clips) and all(map(read_by_nobody_else, op.inputs.values())):
             found[op.name] = op.bounds[1] if clips else math.inf
+    if not found:
+        return found
 
     # Who reads the variable that a function in place has changed reads its output, in NNCF's eyes, but not what a hook
     # behind it makes of that.
@@ -721,11 +723,6 @@ class _Copy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 1
-
-
-def _function(operation: str) -> str:
-    """:return: the function in NNCF's name of an operation."""
-    return operation.split("/")[-2] if "/" in operation else ""
 
 
 def _stem(model: nn.Module, first: PlacedLayer | None, sites: Mapping[str, LayerSite]) -> nn.Module | None:

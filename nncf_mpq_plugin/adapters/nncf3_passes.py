@@ -35,7 +35,7 @@ class _SharedMode(FunctionHookMode):
         self._before, self._behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
         self._names: dict[tuple[int, ...], str] = {}
         self._ceilings = {operation: ceiling for operation, ceiling in ceilings.items() if self._contained(operation)}
-        self._functions = {operation.split("/")[-2] for operation in self._ceilings}
+        self._functions = set(map(function_of, self._ceilings))
 
     def _contained(self, operation: str) -> bool:
         hooks = [hook for _, group in self._behind.get(operation, []) for hook in group]
@@ -137,6 +137,11 @@ class SharedPasses:
         self._model.forward = self._forward
         for module in self._modules:
             del vars(module)["_call_impl"]
+
+
+def function_of(operation: str) -> str:
+    """:return: the function in NNCF's name of an operation, ``module/path/function/call``; empty for an input."""
+    return operation.split("/")[-2] if "/" in operation else ""
 
 
 def _ports(hooks: nn.ModuleDict) -> Ports:
