@@ -104,7 +104,7 @@ class JointLoss:
         """:return: mean loss at the policy's bits."""
         model, loss_fn = self.quantized.model, self.loss_fn or cross_entropy()
         total, samples = 0.0, 0
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), self.quantized.several_passes():
             references = []
             if self.label_free:
                 with quantizers_off(model):

@@ -135,7 +135,7 @@ def loss_change_importance(
     tensors |= {("activation", group): quantized.activation_quantizers[group] for group in groups}
     changes: dict[tuple[str, str], dict[int, float]] = {}
     total = sum(len(quantizer.bits) - 1 for quantizer in tensors.values())
-    with evaluation_mode(quantized.model), _as_before(quantized), torch.no_grad():
+    with evaluation_mode(quantized.model), _as_before(quantized), torch.no_grad(), quantized.several_passes():
         quantized.select_uniform(highest)
         references = [quantized.model(inputs) for inputs, _ in listed] if label_free else None
         measure = _loss_measure(quantized, listed, loss_fn or cross_entropy(), references)

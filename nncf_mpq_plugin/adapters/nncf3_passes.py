@@ -16,10 +16,12 @@ import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
 from torch import Tensor, nn
 
+from nncf_mpq_plugin.convolution import conv2d
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer
 
 Ports = Mapping[str, list[tuple[int, list[nn.Module]]]]
@@ -61,6 +63,8 @@ class _SharedMode(FunctionHookMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.conv2d:
+            func = conv2d
         # as NNCF does it, whose own way would count a name twice; what torch.nn.functional.relu calls has the name
         if func.__name__ not in self._functions or func is nn.functional.relu or not self.enabled:
             return super().__torch_function__(func, types, args, kwargs)
