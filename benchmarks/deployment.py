@@ -86,12 +86,23 @@ small_vit = partial(
     hidden_dim=192,
     mlp_dim=768,
 )
+
+
+def squeezenet(num_classes: int) -> nn.Module:
+    """SqueezeNet with outputs that are above zero at first: as torchvision begins, its last ReLU cuts them all off."""
+    model = torchvision.models.squeezenet1_1(num_classes=num_classes, dropout=0.0)
+    last = model.classifier[1]
+    nn.init.kaiming_uniform_(last.weight)
+    nn.init.ones_(last.bias)
+    return model
+
+
 untrained = partial(Network, torchvision.models.vit_b_16, size=224, epochs=0, samples=16, calibration=8)
 NETWORKS: Mapping[str, Network] = {
     "resnet18": Network(torchvision.models.resnet18),
     "resnet18 (ORT)": Network(torchvision.models.resnet18, target="onnxruntime"),
     "mobilenet_v2": Network(torchvision.models.mobilenet_v2),
-    "squeezenet1_1": Network(torchvision.models.squeezenet1_1, epochs=20, rate=0.02),
+    "squeezenet1_1": Network(squeezenet, epochs=15, rate=0.003),
     "densenet121": Network(torchvision.models.densenet121),
     "vit": Network(small_vit, timed=64, rate=0.01),
     "vit_b_16": untrained(),

@@ -144,15 +144,17 @@ class Batches:
             iterator = iter(self._loader)
         yield from itertools.islice(iterator, start, self._steps)
 
-    def take(self, samples: int) -> list[tuple[Any, Any]]:
+    def first(self, samples: int) -> Iterator[tuple[Any, Any]]:
         """:return: (input, target) of the first epoch until there are ``samples``; the last batch is whole."""
-        result = []
         for inputs, target in self.epoch(0):
-            result.append((inputs, target))
+            yield inputs, target
             samples -= len(inputs)
             if samples <= 0:
                 break
-        return result
+
+    def take(self, samples: int) -> list[tuple[Any, Any]]:
+        """:return: all of :meth:`first` at once."""
+        return list(self.first(samples))
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:

@@ -97,9 +97,10 @@ _FINE_TUNING = _section(
     label_smoothing=Key("number", "Of the cross entropy.", default=0.0, minimum=0, maximum=0.999),
     batch_norm=Key(
         "string",
-        "Running statistics: trained on, or the model's own, for data too few or too unlike the model's.",
-        default="trained",
-        choices=("trained", "frozen"),
+        "Running statistics: those of batches at the final weights, those that followed the training, or the model's "
+        "own, for data too few or too unlike the model's.",
+        default="reestimated",
+        choices=("reestimated", "trained", "frozen"),
     ),
     weight_granularity=Key(
         "string", "One weight scale per output channel, or per layer.", default="channel", choices=("channel", "tensor")

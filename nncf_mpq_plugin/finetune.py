@@ -30,12 +30,15 @@ from nncf_mpq_plugin.training import (
     named_quantizers,
     observe,
     output_distance,
+    reestimate_batch_norm,
+    to_device,
 )
 from nncf_mpq_plugin.types import Policy
 
 GRANULARITIES = ("channel", "tensor")
 INITIALIZATIONS = ("statistics", "trained")
-BATCH_NORM_MODES = ("trained", "frozen")
+BATCH_NORM_MODES = ("reestimated", "trained", "frozen")
+REESTIMATION_SAMPLES = 2048
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ class FinetuneConfig:
     :param warmup_epochs: epochs of linear rise. Published: 5 of 90.
     :param optimizer: ``sgd`` or ``adam``.
     :param label_smoothing: of the cross entropy. Published: 0.1.
-    :param batch_norm: ``trained``: batches are normalized by their own statistics, which the running ones follow;
-        ``frozen``: the model's own statistics are used and kept, for data too few or too unlike the model's. Scales and
-        shifts are trained in both.
+    :param batch_norm: ``trained`` (published): batches are normalized by their own statistics, which the running ones
+        follow; ``reestimated``: in the end the running ones are those of some batches at the final weights, since
+        weights at low bits that move between two values leave them behind (Nagel et al., "Overcoming Oscillations in
+        Quantization-Aware Training", ICML 2022, section 4.2); ``frozen``: the model's own statistics are used and kept,
+        for data too few or too unlike the model's. Scales and shifts are trained in all.
     :param distillation: share of the distance to the teacher's outputs in the loss.
     :param label_free: the loss is that distance alone; targets are not read.
     :param weight_granularity: ``channel``: one weight scale per output channel; ``tensor``: one per layer.
@@ -76,7 +81,7 @@ class FinetuneConfig:
     warmup_epochs: float = 0.5
     optimizer: str = "sgd"
     label_smoothing: float = 0.0
-    batch_norm: str = "trained"
+    batch_norm: str = "reestimated"
     distillation: float = 0.0
     label_free: bool = False
     weight_granularity: str = "channel"
@@ -294,6 +299,11 @@ def finetune(
     finally:
         model.eval()
         loop.optimizer.zero_grad(set_to_none=True)
+    if config.batch_norm == "reestimated":
+        batches = Batches(loader, seed=config.seed, fraction=config.data_fraction)  # each process takes all of them
+        inputs = (to_device(inputs, device) for inputs, _ in batches.first(REESTIMATION_SAMPLES))
+        with passes:
+            reestimate_batch_norm(model, inputs)
     return FinetuneResult(quantized.policy(), history, history.steps[-1], time.perf_counter() - begin)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from small_net import data, small_model
 
+from nncf_mpq_plugin.batches import Batches
 from nncf_mpq_plugin.checkpoint import STATE_FILE, load_state, save_state
 from nncf_mpq_plugin.errors import ConfigError, InputError
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, reduce_to_policy, with_fine_tuned_granularity
 from nncf_mpq_plugin.loop import Loop
-from nncf_mpq_plugin.training import evaluate, named_quantizers
+from nncf_mpq_plugin.training import evaluate, named_quantizers, reestimate_batch_norm
 from nncf_mpq_plugin.types import LayerBits, Policy
 
 POLICY = Policy(
@@ -97,7 +98,7 @@ def test_teacher_is_the_floating_point_model(change):
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-@pytest.mark.parametrize("mode", ["trained", "frozen"])
+@pytest.mark.parametrize("mode", ["trained", "reestimated", "frozen"])
 def test_frozen_batch_norm_is_used_as_it_is(mode):
     """Frozen, a model in training computes what it does in evaluation, keeps its statistics and trains the rest."""
     quantized = small_model()
@@ -119,6 +120,17 @@ def test_frozen_batch_norm_is_used_as_it_is(mode):
     evaluated = evaluate(start.model, data()).loss
     assert (losses["first"] == pytest.approx(evaluated, rel=1e-5)) == (mode == "frozen")
     assert not any(module.training for module in quantized.model.modules())
+
+
+def test_statistics_are_estimated_at_the_final_weights():
+    trained, quantized = small_model(), small_model()
+    finetune(trained, POLICY, data(), dataclasses.replace(CONFIG, batch_norm="trained"))
+    finetune(quantized, POLICY, data(), CONFIG)
+    one, other = state(trained), state(quantized)
+    different = {name for name in one if not torch.equal(one[name], other[name])}
+    assert different == {name for name in one if "running" in name or "num_batches" in name}
+    reestimate_batch_norm(trained.model, [inputs for inputs, _ in Batches(data(), seed=CONFIG.seed).take(2048)])
+    assert all(torch.equal(value, state(quantized)[name]) for name, value in state(trained).items())
 
 
 def test_interrupted_fine_tuning_ends_bit_for_bit_the_same(tmp_path):
@@ -151,7 +163,7 @@ def test_a_state_from_before_a_setting_existed_goes_on(tmp_path):
     tensors, values = load_state(tmp_path / STATE_FILE)
     del values["fingerprint"]["batch_norm"]
     save_state(tmp_path / STATE_FILE, tensors, values)
-    with pytest.raises(InputError, match="batch_norm: 'trained' then, 'frozen' now"):
+    with pytest.raises(InputError, match="batch_norm: 'reestimated' then, 'frozen' now"):
         finetune(small_model(), POLICY, data(), dataclasses.replace(CONFIG, batch_norm="frozen"), state_dir=tmp_path)
     calls = []
     finetune(small_model(), POLICY, data(), CONFIG, state_dir=tmp_path, progress=lambda *_: calls.append(1))
@@ -179,7 +191,7 @@ def test_learning_rate_warms_up_and_falls(monkeypatch):
     [
         ({"weight_granularity": "row"}, "channel, tensor"),
         ({"scale_initialization": "guess"}, "statistics, trained"),
-        ({"batch_norm": "switched"}, "trained, frozen"),
+        ({"batch_norm": "switched"}, "reestimated, trained, frozen"),
         ({"optimizer": "x"}, "sgd"),
     ],
     ids=["granularity", "initialization", "batch norm", "optimizer"],
