@@ -93,7 +93,7 @@ def main() -> None:
         if options.finetune_epochs:
             set_weights(quantized.model, weights)
             quantized.select_uniform(options.finetune_bits)
-            tuning = FinetuneConfig(epochs=options.finetune_epochs, seed=seed)
+            tuning = FinetuneConfig(epochs=options.finetune_epochs, batch_norm="trained", seed=seed)
             finetune(quantized, quantized.policy(), train, tuning)
             accuracies.append(evaluate(quantized.model, test).accuracy)
     ends = [indicators_at(result.history.scales) for _, result in results]

@@ -3,7 +3,7 @@ Convolutions whose weight gradient is one matrix product, where oneDNN's is slow
 
 For each sample oneDNN's kernels go over the whole gradient of a weight. Where that is larger than a core's cache and a
 sample has few outputs, as in the last stage of a residual network for small images, this costs more than the
-arithmetic; one matrix product over all samples goes over the gradient once.
+arithmetic; one matrix product over all samples goes over the gradient once. Measured on CPUs with AVX2.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def conv2d(
 ) -> Tensor:
     """``torch.conv2d``, its arguments and output; the weight's gradient as this module has it where that pays."""
     large = weight.requires_grad and weight.numel() * weight.element_size() >= LARGE
-    plain = groups == 1 and dilation == (1, 1) and isinstance(stride, tuple) and isinstance(padding, tuple)
-    if large and plain and x.dim() == 4 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    pairs = isinstance(stride, tuple) and isinstance(padding, tuple) and len(stride) == len(padding) == 2
+    plain = pairs and dilation == (1, 1) and groups == 1 and x.dim() == 4 and weight.is_floating_point()
+    if large and plain and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         output: Tensor = _Convolution.apply(x, weight, bias, stride, padding)
         return output
     return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)

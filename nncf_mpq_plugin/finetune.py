@@ -22,6 +22,7 @@ from nncf_mpq_plugin.recompute import recomputed
 from nncf_mpq_plugin.training import (
     LossFunction,
     Progress,
+    batch_norms,
     cross_entropy,
     device_of,
     evaluation_mode,
@@ -59,7 +60,7 @@ class FinetuneConfig:
     :param batch_norm: ``trained`` (published): batches are normalized by their own statistics, which the running ones
         follow; ``reestimated``: in the end the running ones are those of some batches at the final weights, since
         weights at low bits that move between two values leave them behind (Nagel et al., "Overcoming Oscillations in
-        Quantization-Aware Training", ICML 2022, section 4.2); ``frozen``: the model's own statistics are used and kept,
+        Quantization-Aware Training", ICML 2022); ``frozen``: the model's own statistics are used and kept,
         for data too few or too unlike the model's. Scales and shifts are trained in all.
     :param distillation: share of the distance to the teacher's outputs in the loss.
     :param label_free: the loss is that distance alone; targets are not read.
@@ -283,8 +284,8 @@ def finetune(
         config.epochs,
         config.seed,
         device,
-        fingerprint={"stage": "fine-tuning", **asdict(config), "policy": _bits_of(policy)},
-        defaults=asdict(FinetuneConfig()),
+        fingerprint={"stage": "fine-tuning", **_trained_by(config), "policy": _bits_of(policy)},
+        defaults=_trained_by(FinetuneConfig()),
         gradient_clip=config.gradient_clip,
         warmup_epochs=config.warmup_epochs,
         state_dir=state_dir,
@@ -294,6 +295,7 @@ def finetune(
     model.train()
     if config.batch_norm == "frozen":
         freeze_batch_norm(model)
+    followed = [module for module in batch_norms(model) if module.training and module.momentum != 0]
     try:
         history = loop.run(compute_gradients)
     finally:
@@ -303,8 +305,14 @@ def finetune(
         batches = Batches(loader, seed=config.seed, fraction=config.data_fraction)  # each process takes all of them
         inputs = (to_device(inputs, device) for inputs, _ in batches.first(REESTIMATION_SAMPLES))
         with passes:
-            reestimate_batch_norm(model, inputs)
+            reestimate_batch_norm(model, inputs, followed)
     return FinetuneResult(quantized.policy(), history, history.steps[-1], time.perf_counter() - begin)
+
+
+def _trained_by(config: FinetuneConfig) -> dict[str, Any]:
+    """:return: the settings that decide the training's steps: statistics are estimated after the last one."""
+    settings = asdict(config)
+    return {**settings, "batch_norm": "frozen" if config.batch_norm == "frozen" else "trained"}
 
 
 def _bits_of(policy: Policy) -> dict[str, list[int]]:

@@ -276,24 +276,36 @@ class BatchNormStatistics:
         }
 
 
-def reestimate_batch_norm(model: nn.Module, inputs: Iterable[Tensor]) -> None:
+def reestimate_batch_norm(
+    model: nn.Module, inputs: Iterable[Tensor], modules: Sequence[_BatchNorm] | None = None
+) -> None:
     """
-    Replace running statistics by the plain averages over some batches at the bit widths in force.
+    Replace running statistics by the averages over some batches at the bit widths in force.
+
+    A batch norm that no batch comes to keeps its statistics, and all do when something is raised on the way.
 
     :param inputs: batches ``[B, ...]``; a few hundred samples in all are enough to rank policies.
+    :param modules: whose statistics; default: :func:`batch_norms`.
     """
-    modules = batch_norms(model)
+    modules = batch_norms(model) if modules is None else modules
     if not modules:
         return
-    momenta = [module.momentum for module in modules]
+    before = [(module.momentum, {name: b.clone() for name, b in module.named_buffers()}) for module in modules]
+    complete, seen = False, 0
     with torch.no_grad(), evaluation_mode(model):
         for module in modules:
             module.reset_running_stats()
-            module.momentum = None  # cumulative average
             module.training = True
         try:
             for batch in inputs:
+                seen += len(batch)
+                for module in modules:
+                    module.momentum = len(batch) / seen
                 model(batch)
+            complete = True
         finally:
-            for module, momentum in zip(modules, momenta, strict=True):
+            for module, (momentum, buffers) in zip(modules, before, strict=True):
                 module.momentum = momentum
+                if not complete or module.num_batches_tracked == 0:
+                    for name, buffer in module.named_buffers():
+                        buffer.copy_(buffers[name])

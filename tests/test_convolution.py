@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from nncf_mpq_plugin import convolution
+from nncf_mpq_plugin import convolution, lsq
 from nncf_mpq_plugin.adapters.nncf3 import place
 from nncf_mpq_plugin.recompute import recomputed
 
@@ -71,6 +72,8 @@ def test_only_large_weights_with_few_outputs_are_treated(monkeypatch):
     assert not treated(small, weight, (1, 1), "same", (1, 1))
     assert not treated(small[0], weight, *plain)
     assert not treated(small, weight, 1, 1, 1)
+    assert not treated(small, weight, (1,), (1, 1), (1, 1))
+    assert not treated(small, weight, (1, 1), (1,), (1, 1))
     with torch.autocast("cpu", torch.bfloat16):
         assert not treated(small, weight, *plain)
 
@@ -100,11 +103,19 @@ def test_passes_of_a_quantized_network_use_it(monkeypatch):
     calls = []
     gradient = convolution.weight_gradient
     monkeypatch.setattr(convolution, "weight_gradient", lambda *args: calls.append(args) or gradient(*args))
+    storages = []
+    listener = [lambda output, *_: storages.append(StorageWeakRef(output.untyped_storage()))]
     expected = step()
     assert not calls
     monkeypatch.setattr(convolution, "LARGE", 0)
     got = step()
     assert len(calls) == 2
+    monkeypatch.setattr(lsq, "listeners", listener)
+    with quantized.several_passes(), recomputed():
+        output = quantized.model(x)
+    assert len(storages) > 4
+    assert all(storage.expired() for storage in storages)  # none is kept for the backward pass
+    assert output.requires_grad
     assert len(got) > 6
     assert got.keys() == expected.keys()
     for name in got:

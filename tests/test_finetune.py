@@ -133,6 +133,26 @@ def test_statistics_are_estimated_at_the_final_weights():
     assert all(torch.equal(value, state(quantized)[name]) for name, value in state(trained).items())
 
 
+def test_statistics_that_the_training_keeps_are_not_estimated_anew(monkeypatch):
+    quantized = small_model()
+    norm = quantized.model.bn2
+    monkeypatch.setattr(norm, "train", lambda mode=True: torch.nn.Module.train(norm, False), raising=False)
+    before = state(quantized)
+    finetune(quantized, POLICY, data(), CONFIG)
+    after = quantized.model.state_dict()
+    kept = {name for name in before if "running" in name and torch.equal(before[name], after[name])}
+    assert kept == {"bn2.running_mean", "bn2.running_var"}
+
+
+def test_statistics_can_be_estimated_after_a_training_that_ended_without(tmp_path):
+    finetune(small_model(), POLICY, data(), dataclasses.replace(CONFIG, batch_norm="trained"), state_dir=tmp_path)
+    resumed, whole, calls = small_model(), small_model(), []
+    finetune(resumed, POLICY, data(), CONFIG, state_dir=tmp_path, progress=lambda *_: calls.append(1))
+    finetune(whole, POLICY, data(), CONFIG)
+    assert not calls
+    assert all(torch.equal(value, state(resumed)[name]) for name, value in state(whole).items())
+
+
 def test_interrupted_fine_tuning_ends_bit_for_bit_the_same(tmp_path):
     config = dataclasses.replace(CONFIG, epochs=3, distillation=0.3)
     whole = small_model(dropout=0.3)
@@ -163,7 +183,7 @@ def test_a_state_from_before_a_setting_existed_goes_on(tmp_path):
     tensors, values = load_state(tmp_path / STATE_FILE)
     del values["fingerprint"]["batch_norm"]
     save_state(tmp_path / STATE_FILE, tensors, values)
-    with pytest.raises(InputError, match="batch_norm: 'reestimated' then, 'frozen' now"):
+    with pytest.raises(InputError, match="batch_norm: 'trained' then, 'frozen' now"):
         finetune(small_model(), POLICY, data(), dataclasses.replace(CONFIG, batch_norm="frozen"), state_dir=tmp_path)
     calls = []
     finetune(small_model(), POLICY, data(), CONFIG, state_dir=tmp_path, progress=lambda *_: calls.append(1))

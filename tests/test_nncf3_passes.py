@@ -1,5 +1,6 @@
 """Several passes under one mode of NNCF, against NNCF's own way."""
 
+import contextlib
 import copy
 
 import pytest
@@ -21,6 +22,10 @@ from nncf.torch.function_hook import register_post_function_hook  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.overrides import _get_current_function_mode_stack  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from nncf_mpq_plugin.refine import JointLoss  # noqa: E402
+from nncf_mpq_plugin.sensitivity import loss_change_importance  # noqa: E402
+from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
 NETWORKS = (Residual, Branches, Inverted, Dense, Merged, SqueezeExcite, Attention)
 
@@ -54,6 +59,27 @@ def test_outputs_and_gradients_are_those_of_nncfs_own_passes(network):
     assert shared.keys() == own.keys()
     for name, value in own.items():
         assert torch.equal(shared[name], value), name
+
+
+@pytest.mark.parametrize("label_free", [False, True])
+def test_losses_are_those_of_nncfs_own_passes(label_free, monkeypatch):
+    quantized, x = placed(Inverted)
+    batches = [(part, torch.arange(4)) for part in x.split(4)]
+    bits = {layer.cost.name: LayerBits(2, 4) for layer in quantized.searchable}
+    measure = JointLoss(quantized, [x], batches, label_free=label_free)
+    entered = []
+
+    def several_passes(self):
+        entered.append(self)
+        return contextlib.nullcontext()
+
+    def measured():
+        return measure(bits), loss_change_importance(quantized, batches, label_free=label_free)
+
+    loss, table = measured()
+    monkeypatch.setattr(nncf3.NNCFQuantizedModel, "several_passes", several_passes)
+    assert measured() == (loss, table)
+    assert len(entered) == 2
 
 
 class Calls(TorchDispatchMode):

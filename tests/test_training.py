@@ -139,3 +139,29 @@ def test_reestimated_statistics_are_the_averages():
     torch.testing.assert_close(model[0].running_var, torch.stack([b.var(0) for b in batches]).mean(0))
     assert model[0].momentum == 0.1
     assert not model[0].training
+    reestimate_batch_norm(model, [batches[0], batches[1][:10]])
+    expected = (50 * batches[0].mean(0) + 10 * batches[1][:10].mean(0)) / 60
+    torch.testing.assert_close(model[0].running_mean, expected)
+
+
+def test_statistics_stay_where_no_batch_comes_or_something_is_raised():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.never = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+            self.never.running_mean.fill_(2.0)
+
+        def forward(self, x):
+            if len(x) == 7:
+                raise KeyboardInterrupt
+            return self.always(x)
+
+    model = Sometimes()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises(KeyboardInterrupt):
+        reestimate_batch_norm(model, [torch.rand(8, 3), torch.rand(7, 3)])
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    reestimate_batch_norm(model, [torch.rand(8, 3)])
+    changed = {name for name, buffer in model.named_buffers() if not torch.equal(before[name], buffer)}
+    assert changed == {"always.running_mean", "always.running_var", "always.num_batches_tracked"}
+    assert model.training
