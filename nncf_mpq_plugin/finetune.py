@@ -311,8 +311,7 @@ def finetune(
 
 def _trained_by(config: FinetuneConfig) -> dict[str, Any]:
     """:return: the settings that decide the training's steps: statistics are estimated after the last one."""
-    settings = asdict(config)
-    return {**settings, "batch_norm": "frozen" if config.batch_norm == "frozen" else "trained"}
+    return {**asdict(config), "batch_norm": "frozen" if config.batch_norm == "frozen" else "trained"}
 
 
 def _bits_of(policy: Policy) -> dict[str, list[int]]:

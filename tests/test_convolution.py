@@ -10,6 +10,15 @@ from nncf_mpq_plugin.adapters.nncf3 import place
 from nncf_mpq_plugin.recompute import recomputed
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """:return: the arguments of every call of ``weight_gradient``."""
+    calls = []
+    gradient = convolution.weight_gradient
+    monkeypatch.setattr(convolution, "weight_gradient", lambda *args: calls.append(args) or gradient(*args))
+    return calls
+
+
 def gradients(function, *leaves):
     leaves = [leaf.clone().requires_grad_() for leaf in leaves]
     output = function(*leaves)
@@ -47,11 +56,7 @@ def test_gradients_are_those_of_torch(samples, channels, outputs, kernel, stride
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_only_large_weights_with_few_outputs_are_treated(monkeypatch):
-    calls = []
-    gradient = convolution.weight_gradient
-    monkeypatch.setattr(convolution, "weight_gradient", lambda *args: calls.append(args) or gradient(*args))
-
+def test_only_large_weights_with_few_outputs_are_treated(calls):
     def treated(x, weight, *options):
         calls.clear()
         weight.requires_grad_()
@@ -87,7 +92,7 @@ class Net(nn.Module):
         return self.last(self.second(self.first(x).relu()).relu().flatten(1))
 
 
-def test_passes_of_a_quantized_network_use_it(monkeypatch):
+def test_passes_of_a_quantized_network_use_it(calls, monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 4)
     quantized = place(Net().eval(), x[:1], [x], bits=(2, 3, 4))
@@ -100,17 +105,15 @@ def test_passes_of_a_quantized_network_use_it(monkeypatch):
             quantized.model(x).square().sum().backward()
         return {name: p.grad.clone() for name, p in quantized.model.named_parameters() if p.grad is not None}
 
-    calls = []
-    gradient = convolution.weight_gradient
-    monkeypatch.setattr(convolution, "weight_gradient", lambda *args: calls.append(args) or gradient(*args))
-    storages = []
-    listener = [lambda output, *_: storages.append(StorageWeakRef(output.untyped_storage()))]
     expected = step()
     assert not calls
     monkeypatch.setattr(convolution, "LARGE", 0)
     got = step()
     assert len(calls) == 2
-    monkeypatch.setattr(lsq, "listeners", listener)
+    storages = []
+    monkeypatch.setattr(
+        lsq, "listeners", [lambda output, *_: storages.append(StorageWeakRef(output.untyped_storage()))]
+    )
     with quantized.several_passes(), recomputed():
         output = quantized.model(x)
     assert len(storages) > 4
