@@ -10,6 +10,7 @@ the published code's ``indicators_pretraining/process.py``).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from nncf_mpq_plugin.training import (
     BatchNormStatistics,
     LossFunction,
     Progress,
+    batch_norms,
     cross_entropy,
     device_of,
     floating_point_copy,
@@ -182,7 +184,9 @@ def train_jointly(
             statistics.use(name if name == RANDOM else int(name))
 
     several_passes = quantized.several_passes()
-    stem = quantized.stem if distributed.size() == 1 else None  # replicas exchange in the last pass
+    stem = quantized.stem if distributed.size() == 1 else ()  # replicas exchange in the last pass
+    if config.batch_norm == "shared":  # statistics that each pass moves
+        stem = tuple(itertools.takewhile(lambda module: module not in batch_norms(model), stem))
 
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
         with several_passes, computed_once(stem):

@@ -195,7 +195,7 @@ class Loop:
         if not with_gradient:
             return
         gradients = [p.grad for p in with_gradient if p.grad is not None]
-        sizes = torch.stack([size.float() for size in torch._foreach_norm(gradients, math.inf)]).tolist()
+        sizes = _largest(gradients)
         bad = [parameter for parameter, size in zip(with_gradient, sizes, strict=True) if not math.isfinite(size)]
         if bad:
             scales = [parameter for parameter in bad if " scale of " in names[id(parameter)]]
@@ -239,7 +239,7 @@ class Loop:
         return found[0] if found else ""
 
     def _check_scales(self, scales: list[Tensor], initial: dict[int, float], names: dict[int, str], step: int) -> None:
-        sizes = torch.stack([n.float() for n in torch._foreach_norm(scales, math.inf)]).tolist() if scales else []
+        sizes = _largest(scales)
         for scale, size in zip(scales, sizes, strict=True):
             if not size <= EXPLODED * max(initial[id(scale)], 0.01):  # NaN as well
                 self._fail(f"{names[id(scale)]} went from {initial[id(scale)]:.3g} to {size:.3g}", step)
@@ -350,6 +350,19 @@ class _FusedSGD(torch.optim.SGD):
 def quantizers_by_scale(quantized: QuantizedModel) -> dict[int, int]:
     """:return: ``id`` of each quantizer's scale parameter -> its bit width."""
     return {id(scale): int(bits) for q in named_quantizers(quantized).values() for bits, scale in q.scales.items()}
+
+
+def _largest(tensors: list[Tensor]) -> list[float]:
+    """:return: the largest absolute value in each tensor; NaN where it holds one."""
+    if not tensors:
+        return []
+    if tensors[0].is_cuda:
+        sizes = torch.stack([size.float() for size in torch._foreach_norm(tensors, math.inf)])
+    else:  # where that norm takes 15 times as long as finding both ends
+        ends = [torch.aminmax(tensor) for tensor in tensors]
+        sizes = torch.stack([high for _, high in ends]).maximum(torch.stack([low for low, _ in ends]).neg_())
+    values: list[float] = sizes.tolist()
+    return values
 
 
 def _limit_change(scales: list[Tensor], before: list[Tensor]) -> None:

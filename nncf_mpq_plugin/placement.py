@@ -42,7 +42,8 @@ class QuantizedModel:
     :param activation_quantizers: activation group -> quantizer that its layers read their input through.
     :param positive: batch norm weights behind quantized layers; folding them must not change a weight's sign.
     :param stored_quantizers: hook name -> 8-bit quantizer of a tensor that several operations read. Never searched.
-    :param stem: the first layer, if its output is the same whatever bits are selected, and only a batch norm reads it.
+    :param stem: the modules that the model begins with whose outputs are the same whatever bits are selected, as
+        :func:`nncf_mpq_plugin.stem.computed_once` takes them inside :meth:`several_passes`.
     """
 
     model: nn.Module
@@ -51,7 +52,7 @@ class QuantizedModel:
     activation_quantizers: Mapping[str, MultiBitQuantizer]
     stored_quantizers: Mapping[str, MultiBitQuantizer]
     positive: tuple[nn.Parameter, ...] = ()
-    stem: nn.Module | None = None
+    stem: tuple[nn.Module, ...] = ()
 
     def several_passes(self) -> contextlib.AbstractContextManager[None]:
         """

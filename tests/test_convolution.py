@@ -68,10 +68,10 @@ def test_only_large_weights_with_few_outputs_are_treated(calls):
         return bool(calls)
 
     plain = (1, 1), (1, 1), (1, 1)
-    small, weight = torch.rand(1, 512, 4, 4), torch.rand(512, 512, 3, 3)
+    small, weight = torch.rand(1, 512, 2, 2), torch.rand(512, 512, 3, 3)
     assert treated(small, weight, *plain)
-    assert not treated(torch.rand(1, 512, 5, 4), weight, *plain)
-    assert not treated(torch.rand(1, 128, 4, 4), torch.rand(512, 128, 3, 3), *plain)
+    assert not treated(torch.rand(1, 512, 3, 2), weight, *plain)
+    assert not treated(torch.rand(1, 128, 2, 2), torch.rand(512, 128, 3, 3), *plain)
     assert not treated(small, torch.rand(1024, 256, 3, 3), *plain, 2)
     assert not treated(small, weight, (1, 1), (2, 2), (2, 2))
     assert not treated(small, weight, (1, 1), "same", (1, 1))
@@ -108,6 +108,7 @@ def test_passes_of_a_quantized_network_use_it(calls, monkeypatch):
     expected = step()
     assert not calls
     monkeypatch.setattr(convolution, "LARGE", 0)
+    monkeypatch.setattr(convolution, "FEW", 16)
     got = step()
     assert len(calls) == 2
     storages = []

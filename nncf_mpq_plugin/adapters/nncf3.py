@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nncf_mpq_plugin.adapters.base import replace_hook
 from nncf_mpq_plugin.adapters.folding import Activation, affine, make_identity, place_steps
-from nncf_mpq_plugin.adapters.nncf3_passes import SharedPasses, function_of
+from nncf_mpq_plugin.adapters.nncf3_passes import IN_PLACE_ADDITIONS, SharedPasses, function_of, stem_of
 from nncf_mpq_plugin.adapters.plan import (
     ADD,
     ADD_FUNCTIONS,
@@ -134,7 +134,6 @@ FLOAT_FUNCTIONS = (
     "softmax",
 )
 CLIPS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (None, None), "clip": (None, None)}
-IN_PLACE_ADDITIONS = ("add_", "__iadd__")
 ENDING_CLIPS = ("relu6", "hardtanh")  # no gradient at the bounds themselves, where clamp has one
 WINDOWS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 SMALLEST_GAMMA = 1e-4
@@ -269,6 +268,7 @@ def place(
         )
         raise UnsupportedModelError(msg)
     positive = _make_gammas_positive(quantized, [sites[name] for name in weights])
+    first = next(iter(costs))
     result = NNCFQuantizedModel(
         quantized,
         tuple(layers[name] for name in costs if name in layers),
@@ -276,7 +276,7 @@ def place(
         activations,
         stored,
         positive=positive,
-        stem=_stem(quantized, layers.get(next(iter(costs))), sites),
+        stem=stem_of(quantized, sites[first].op, ops, ceilings) if first in layers and first in fixed else (),
         sites={name: sites[name] for name in weights},
         plan=plan,
         ops=tuple(ops),
@@ -723,14 +723,6 @@ class _Copy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 1
-
-
-def _stem(model: nn.Module, first: PlacedLayer | None, sites: Mapping[str, LayerSite]) -> nn.Module | None:
-    """:return: the first layer's module, where :attr:`QuantizedModel.stem` says so."""
-    if first is None or first.fixed is None or sites[first.cost.name].batch_norm is None:
-        return None
-    module = dict(model.named_modules()).get(first.cost.name)  # None: a function with a parameter of the model
-    return module if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) else None
 
 
 def _native(quantizer: MultiBitQuantizer, step: Tensor) -> SymmetricQuantizer:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
 from torch import Tensor, nn
 
+from nncf_mpq_plugin.adapters.plan import ADD, CONCAT, WEIGHTED, Op
 from nncf_mpq_plugin.convolution import conv2d
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer
 
 Ports = Mapping[str, list[tuple[int, list[nn.Module]]]]
 """NNCF's name of an operation -> port and hooks there."""
+
+IN_PLACE_ADDITIONS = ("add_", "__iadd__")
 
 
 class _SharedMode(FunctionHookMode):
@@ -36,13 +40,8 @@ class _SharedMode(FunctionHookMode):
         super().__init__(model, storage)
         self._before, self._behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
         self._names: dict[tuple[int, ...], str] = {}
-        self._ceilings = {operation: ceiling for operation, ceiling in ceilings.items() if self._contained(operation)}
+        self._ceilings = {operation: ceilings[operation] for operation in left_out(model, ceilings)}
         self._functions = set(map(function_of, self._ceilings))
-
-    def _contained(self, operation: str) -> bool:
-        hooks = [hook for _, group in self._behind.get(operation, []) for hook in group]
-        unsigned = [isinstance(hook, MultiBitQuantizer) and not hook.signed for hook in hooks]
-        return operation not in self._before and unsigned == [True]
 
     @property
     def hooked(self) -> Collection[str]:
@@ -141,6 +140,79 @@ class SharedPasses:
         self._model.forward = self._forward
         for module in self._modules:
             del vars(module)["_call_impl"]
+
+
+_STEM = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+)
+_READING_FUNCTIONS = ("batch_norm", "relu", "max_pool1d", "max_pool2d", "max_pool3d")
+
+
+def stem_of(model: nn.Module, first: str, ops: Sequence[Op], ceilings: Collection[str]) -> tuple[nn.Module, ...]:
+    """
+    :param first: operation that the model begins with, at fixed bits.
+    :param ops: of the model, in order.
+    :return: :attr:`nncf_mpq_plugin.placement.QuantizedModel.stem`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {op.name: modules.get(".".join(op.name.split("/")[:-2])) for op in ops}
+    calls = Counter(map(id, owners.values()))
+    readers: dict[str, list[tuple[Op, int]]] = {op.name: [] for op in ops}
+    for op in ops:
+        for port, (producer, _) in op.inputs.items():
+            readers[producer].append((op, port))
+    contained = left_out(model, ceilings)
+
+    def is_same_in_every_pass(name: str) -> bool:
+        module, hooks = owners[name], _hooks_of(model, name)
+        fixed = all(isinstance(hook, MultiBitQuantizer) and len(hook.bits) == 1 for hook in hooks)
+        # whose result is not taken, the variable that it changes in place may be read
+        taken = name in ceilings or not getattr(module, "inplace", False)
+        return type(module) in _STEM and calls[id(module)] == 1 and fixed and taken
+
+    def leaves_its_input(op: Op, port: int) -> bool:
+        if op.kind == ADD:
+            return port > 0 or function_of(op.name) not in IN_PLACE_ADDITIONS
+        return op.kind in (WEIGHTED, CONCAT) or op.name in contained or function_of(op.name) in _READING_FUNCTIONS
+
+    stem: list[str] = []
+    following = [first]
+    while len(following) == 1 and is_same_in_every_pass(following[0]):
+        stem += following
+        following = [op.name for op, _ in readers[stem[-1]]]
+    while stem and not all(leaves_its_input(*reader) for reader in readers[stem[-1]]):
+        stem.pop()
+    return tuple(module for name in stem if (module := owners[name]) is not None)
+
+
+def _hooks_of(model: nn.Module, operation: str) -> list[nn.Module]:
+    storage = get_hook_storage(model)
+    ports = [_ports(side).get(operation, []) for side in (storage.pre_hooks, storage.post_hooks)]
+    return [hook for side in ports for _, group in side for hook in group]
+
+
+def left_out(model: nn.Module, ceilings: Collection[str]) -> list[str]:
+    """:return: those of ``ceilings`` whose only hook is an unsigned quantizer, which stands for them."""
+    storage = get_hook_storage(model)
+    before, behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
+
+    def contained(operation: str) -> bool:
+        hooks = [hook for _, group in behind.get(operation, []) for hook in group]
+        unsigned = [isinstance(hook, MultiBitQuantizer) and not hook.signed for hook in hooks]
+        return operation not in before and unsigned == [True]
+
+    return [operation for operation in ceilings if contained(operation)]
 
 
 def function_of(operation: str) -> str:
