@@ -123,6 +123,49 @@ def test_a_last_clip_and_rows_that_are_repeated_stay(tmp_path):
         assert abs(found - expected).mean() < 1e-2, file
 
 
+@pytest.mark.parametrize("function", ["Relu", "Clip"])
+@pytest.mark.parametrize("step", [0.3, 1.0], ids=["the quantizer ends first", "the function ends first"])
+@pytest.mark.parametrize("read", [False, True], ids=["only the quantizer reads it", "others read it"])
+def test_an_activation_function_becomes_part_of_the_clip(tmp_path, function, step, read):
+    constants = {
+        "zero": np.float32(0),
+        "six": np.float32(6),
+        "scale": np.float32(step),
+        "zero_point": np.uint8(0),
+        "low": np.uint8(0),
+        "high": np.uint8(15),
+    }
+    nodes = [
+        helper.make_node(function, ["input", "zero", "six"][: 1 if function == "Relu" else 3], ["active"]),
+        helper.make_node("QuantizeLinear", ["active", "scale", "zero_point"], ["rounded"]),
+        helper.make_node("Clip", ["rounded", "low", "high"], ["clipped"]),
+        helper.make_node("DequantizeLinear", ["clipped", "scale", "zero_point"], ["output"]),
+    ]
+    names = ["output", "active"] if read else ["output"]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "",
+            [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["n", 100])],
+            [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 100]) for name in names],
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    converted = to_openvino(tmp_path / "model.onnx")
+    kinds = [op.get_type_name() for op in converted.get_ops()]
+    assert kinds.count("Relu") + kinds.count("Clamp") == 1 + read
+    save_ir(converted, tmp_path / "model.xml")
+    x = np.linspace(-2, 17.03, 100, dtype=np.float32)[None]
+    active = x.clip(0, np.inf if function == "Relu" else 6)
+    found = compile_exactly(tmp_path / "model.xml")([x])
+    np.testing.assert_allclose(found["output"], np.round(active / np.float32(step)).clip(0, 15) * np.float32(step))
+    if read:
+        np.testing.assert_array_equal(found["active"], active)
+
+
 @pytest.mark.parametrize("producer", ["LayerNormalization", "Reshape", "Add"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_signed_values_next_to_a_tie_are_rounded_as_they_should(tmp_path, bits, producer):

@@ -10,6 +10,8 @@ linear layers keep compressed in memory.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +112,14 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
     stored tensor is quantized again. (The file keeps the other order: ONNX Runtime would leave the integer kernels.)
     Two kinds keep that order here, too: behind a layer norm, OpenVINO's values would be further from exact ones; a
     stored tensor that is signed would be converted to float32 and back.
+
+    A ReLU or ReLU6 that nothing else reads becomes part of the Clip: OpenVINO would run both.
     """
+    reads = Counter(name for node in model.graph.node for name in node.input)
+    reads.update(item.name for item in model.graph.output)
     producers = {output: node for node in model.graph.node for output in node.output}
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    nodes = list(model.graph.node)
+    nodes, unread = list(model.graph.node), set()
     for index, clip in enumerate(nodes):
         around = [node.op_type for node in nodes[index - 1 : index + 2]]
         if around != ["QuantizeLinear", "Clip", "DequantizeLinear"] or nodes[index - 1].output[0] != clip.input[0]:
@@ -128,15 +134,30 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
         kind = producer.op_type if producer is not None else ""
         if kind == "LayerNormalization" or (kind == "DequantizeLinear" and zero_point):
             continue
-        for port in (1, 2):
-            value = step * (constants[clip.input[port]].astype(np.float32) - zero_point)
+        low, high = (step * (constants[name].astype(np.float32) - zero_point) for name in clip.input[1:])
+        clip.input[0], nodes[first].input[0] = nodes[first].input[0], clip.output[0]
+        before = producers.get(clip.input[0])
+        bounds = None if before is None or reads[clip.input[0]] > 1 else _bounds(before, constants)
+        if before is not None and bounds is not None:
+            low, high = np.maximum(low, bounds[0]).astype(np.float32), np.minimum(high, bounds[1]).astype(np.float32)
+            clip.input[0] = before.input[0]
+            unread.add(before.output[0])
+        for port, value in ((1, low), (2, high)):
             clip.input[port] += ".value"
             model.graph.initializer.append(numpy_helper.from_array(value, clip.input[port]))
-        clip.input[0], nodes[first].input[0] = nodes[first].input[0], clip.output[0]
         dequantized.input[0] = rounding.output[0]
         nodes.insert(first, nodes.pop(index))
     del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    model.graph.node.extend(node for node in nodes if node.output[0] not in unread)
+
+
+def _bounds(node: onnx.NodeProto, constants: Mapping[str, np.ndarray]) -> tuple[Any, Any] | None:
+    """:return: what a ReLU or a ReLU6 cuts off at; None for what is neither."""
+    if node.op_type == "Relu":
+        return 0, np.inf
+    if node.op_type == "Clip" and len(node.input) == 3 and all(name in constants for name in node.input[1:]):
+        return constants[node.input[1]], constants[node.input[2]]
+    return None
 
 
 def _pack(constant: ov.Node, compressed: set[str]) -> None:
