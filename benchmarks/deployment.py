@@ -102,7 +102,7 @@ NETWORKS: Mapping[str, Network] = {
     "resnet18": Network(torchvision.models.resnet18),
     "resnet18 (ORT)": Network(torchvision.models.resnet18, target="onnxruntime"),
     "mobilenet_v2": Network(torchvision.models.mobilenet_v2),
-    "squeezenet1_1": Network(squeezenet, epochs=15, rate=0.003),
+    "squeezenet1_1": Network(squeezenet, epochs=40, rate=0.001),
     "densenet121": Network(torchvision.models.densenet121),
     "vit": Network(small_vit, timed=64, rate=0.01),
     "vit_b_16": untrained(),

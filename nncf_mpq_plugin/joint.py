@@ -186,7 +186,8 @@ def train_jointly(
     several_passes = quantized.several_passes()
     stem = quantized.stem if distributed.size() == 1 else ()  # replicas exchange in the last pass
     if config.batch_norm == "shared":  # statistics that each pass moves
-        stem = tuple(itertools.takewhile(lambda module: module not in batch_norms(model), stem))
+        norms = batch_norms(model)
+        stem = tuple(itertools.takewhile(lambda module: module not in norms, stem))
 
     def compute_gradients(inputs: Any, target: Any, step: int) -> dict[str, Tensor]:
         with several_passes, computed_once(stem):

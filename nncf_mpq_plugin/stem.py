@@ -20,13 +20,14 @@ from torch import Tensor, nn
 def computed_once(modules: Sequence[nn.Module]) -> Iterator[None]:
     """
     Around the passes of a step, or a decorator of a function that does them, backward passes included: ``modules`` run
-    in the first one, and their backward pass at the end. Batch norms among them give all passes' running statistics
+    in the first one, and their backward passes at the end. Batch norms among them give all passes' running statistics
     what the first one's became.
 
-    A pass in which the first one's input is another one (dropout before it, say) computes them as usual.
+    A module runs as usual where its input is not what the module before gave, or, for the first one, has other values
+    than in the first pass (dropout before it, say). Without modules nothing changes.
 
-    :param modules: from one tensor to another, called once a pass, in this order; each is the only reader of the one
-        before, and nothing changes the output of the last one in place. None of them changes nothing.
+    :param modules: from one tensor to another, each of which reads what the one before gives, called once a pass.
+        Others may read that as well, but nothing may change it in place.
     """
     once = _Once(modules)
     before = [(module, module.forward, vars(module).get("forward")) for module in modules]
@@ -46,46 +47,46 @@ class _Once:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._input: Tensor | None = None
-        self._results: list[Tensor] = []  # of the modules, for later passes
+        self._outputs: list[Tensor] = []
+        self._cut: list[Tensor] = []  # the outputs, cut off from their graphs
         self._buffers: list[list[Tensor]] = []
-        self._output: Tensor | None = None
-        self._first = self._again = False
 
     def instead_of(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         def once(*inputs: Any, **others: Any) -> Any:
-            if index == 0:
-                self._begin_pass(inputs, others)
-            if self._again:
-                with torch.no_grad():
-                    for buffer, value in zip(self._modules[index].buffers(), self._buffers[index], strict=True):
-                        if buffer is not value:
-                            buffer.copy_(value)
-                return self._results[index]
+            is_next = len(inputs) == 1 and not others and self._continues(index, inputs[0])
+            if is_next and index < len(self._cut):
+                return self._again(index)
             output = forward(*inputs, **others)
-            return self._keep(index, output) if self._first else output
+            return self._keep(index, output) if is_next and index == len(self._cut) else output
 
         return once
 
-    def _begin_pass(self, inputs: tuple[Any, ...], others: dict[str, Any]) -> None:
-        self._first = self._again = False
-        if len(inputs) != 1 or others:
-            return
-        if self._input is None:
-            self._first, self._input = True, inputs[0].detach()
-        elif len(self._results) == len(self._modules):
-            with torch._C.DisableTorchFunction():  # NNCF's function hooks would take part
-                self._again = torch.equal(self._input, inputs[0])
+    def _continues(self, index: int, x: Tensor) -> bool:
+        if index > 0:
+            return index <= len(self._cut) and x is self._cut[index - 1]
+        with torch._C.DisableTorchFunction():  # NNCF's function hooks would take part
+            if self._input is None:
+                self._input = x.detach()
+                return True
+            return torch.equal(self._input, x)
+
+    def _again(self, index: int) -> Tensor:
+        with torch.no_grad():
+            for buffer, value in zip(self._modules[index].buffers(), self._buffers[index], strict=True):
+                if buffer is not value:
+                    buffer.copy_(value)
+        return self._cut[index]
 
     def _keep(self, index: int, output: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
-            self._buffers.append(list(self._modules[index].buffers()))
-            if index < len(self._modules) - 1:
-                self._results.append(output.new_empty(()).expand(output.shape))  # the next one does not look at it
-                return output
-            self._output = output
-            self._results.append(output.detach().requires_grad_(output.requires_grad))  # cut off from its graph
-            return self._results[-1]
+            self._outputs.append(output)
+            self._cut.append(output.detach().requires_grad_(output.requires_grad))
+        self._buffers.append(list(self._modules[index].buffers()))
+        return self._cut[index]
 
     def backward(self) -> None:
-        if self._output is not None and self._results[-1].grad is not None:
-            self._output.backward(self._results[-1].grad)
+        """From the last module to the first, with the sum of the gradients of all that read its output."""
+        while self._cut:
+            output, cut = self._outputs.pop(), self._cut.pop()
+            if cut.grad is not None:
+                output.backward(cut.grad)

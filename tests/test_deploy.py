@@ -123,10 +123,8 @@ def test_a_last_clip_and_rows_that_are_repeated_stay(tmp_path):
         assert abs(found - expected).mean() < 1e-2, file
 
 
-@pytest.mark.parametrize("function", ["Relu", "Clip"])
-@pytest.mark.parametrize("step", [0.3, 1.0], ids=["the quantizer ends first", "the function ends first"])
-@pytest.mark.parametrize("read", [False, True], ids=["only the quantizer reads it", "others read it"])
-def test_an_activation_function_becomes_part_of_the_clip(tmp_path, function, step, read):
+def with_activation(function, step, *, read=False, behind=()):
+    """:return: ``function`` of ``behind``, unsigned at 4 bits; ``active`` is an output, too, if ``read``."""
     constants = {
         "zero": np.float32(0),
         "six": np.float32(6),
@@ -134,15 +132,18 @@ def test_an_activation_function_becomes_part_of_the_clip(tmp_path, function, ste
         "zero_point": np.uint8(0),
         "low": np.uint8(0),
         "high": np.uint8(15),
+        "ones": np.ones(100, np.float32),
     }
+    source = behind[-1].output[0] if behind else "input"
     nodes = [
-        helper.make_node(function, ["input", "zero", "six"][: 1 if function == "Relu" else 3], ["active"]),
+        *behind,
+        helper.make_node(function, [source, "zero", "six"][: 1 if function == "Relu" else 3], ["active"]),
         helper.make_node("QuantizeLinear", ["active", "scale", "zero_point"], ["rounded"]),
         helper.make_node("Clip", ["rounded", "low", "high"], ["clipped"]),
         helper.make_node("DequantizeLinear", ["clipped", "scale", "zero_point"], ["output"]),
     ]
     names = ["output", "active"] if read else ["output"]
-    model = helper.make_model(
+    return helper.make_model(
         helper.make_graph(
             nodes,
             "",
@@ -153,17 +154,37 @@ def test_an_activation_function_becomes_part_of_the_clip(tmp_path, function, ste
         opset_imports=[helper.make_opsetid("", 21)],
         ir_version=10,
     )
-    onnx.save(model, tmp_path / "model.onnx")
-    converted = to_openvino(tmp_path / "model.onnx")
-    kinds = [op.get_type_name() for op in converted.get_ops()]
-    assert kinds.count("Relu") + kinds.count("Clamp") == 1 + read
-    save_ir(converted, tmp_path / "model.xml")
+
+
+def clips_in_ir(model, folder):
+    """Save ``model`` as ONNX file and IR. :return: how many functions of the IR clip."""
+    onnx.save(model, folder / "model.onnx")
+    converted = to_openvino(folder / "model.onnx")
+    save_ir(converted, folder / "model.xml")
+    return sum(op.get_type_name() in ("Relu", "Clamp") for op in converted.get_ops())
+
+
+@pytest.mark.parametrize("function", ["Relu", "Clip"])
+@pytest.mark.parametrize("step", [0.3, 1.0], ids=["the quantizer ends first", "the function ends first"])
+@pytest.mark.parametrize("read", [False, True], ids=["only the quantizer reads it", "others read it"])
+def test_an_activation_function_becomes_part_of_the_clip(tmp_path, function, step, read):
+    assert clips_in_ir(with_activation(function, step, read=read), tmp_path) == 1 + read
     x = np.linspace(-2, 17.03, 100, dtype=np.float32)[None]
     active = x.clip(0, np.inf if function == "Relu" else 6)
     found = compile_exactly(tmp_path / "model.xml")([x])
     np.testing.assert_allclose(found["output"], np.round(active / np.float32(step)).clip(0, 15) * np.float32(step))
     if read:
         np.testing.assert_array_equal(found["active"], active)
+
+
+def test_an_activation_function_behind_a_layer_norm_or_a_stored_tensor_stays(tmp_path):
+    norm = helper.make_node("LayerNormalization", ["input", "ones"], ["behind"])
+    stored = [
+        helper.make_node("QuantizeLinear", ["input", "scale", "zero_point"], ["stored"]),
+        helper.make_node("DequantizeLinear", ["stored", "scale", "zero_point"], ["behind"]),
+    ]
+    for behind in ([norm], stored):
+        assert clips_in_ir(with_activation("Relu", 0.3, behind=behind), tmp_path) == 2
 
 
 @pytest.mark.parametrize("producer", ["LayerNormalization", "Reshape", "Add"])

@@ -1,5 +1,6 @@
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,16 +135,127 @@ class View(Pooled):
         return x.flatten(2).relu_().reshape(x.shape)
 
 
+class Indices(Pooled):
+    def __init__(self, inplace):
+        super().__init__(inplace)
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+
+    def begin(self, x):
+        return self.pool(self.relu(self.norm(self.first(x))))[0]
+
+
+class InputReadTwice(Pooled):
+    """As DnCNN and VDSR, which add to the input what they make of it."""
+
+    def begin(self, x):
+        return super().begin(x) + x.mean((1, 2, 3), keepdim=True)
+
+
+class Listed(nn.Module):
+    def __init__(self, *modules):
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class SharedWithAList(Pooled):
+    """Its ReLU is called a second time where NNCF names the operation after the list's owner."""
+
+    def __init__(self):
+        super().__init__(inplace=False)
+        self.middle = Listed(nn.Conv2d(8, 8, 3, padding=1), self.relu)
+
+
+class NoisyInTraining(Pooled):
+    """The operations are those of evaluation mode: NNCF does not see this one."""
+
+    def begin(self, x):
+        x = self.first(x)
+        return self.pool(self.relu(self.norm(x + torch.randn_like(x) if self.training else x)))
+
+
 @pytest.mark.parametrize(
     ("network", "stem"),
-    [(Twice(False), 2), (Twice(True), 1), (ReadTwice(False), 2), (ResultNotTaken(), 1), (InPlace(), 1), (View(), 3)],
+    [
+        (Twice(False), 2),
+        (Twice(True), 1),
+        (ReadTwice(False), 2),
+        (ResultNotTaken(), 1),
+        (InPlace(), 1),
+        (View(False), 3),
+        (Indices(False), 2),
+        (InputReadTwice(), 0),
+        (SharedWithAList(), 4),
+        (NoisyInTraining(), 4),
+    ],
     ids=lambda value: type(value).__name__,
 )
-def test_the_stem_ends_where_more_would_be_wrong(network, stem):
+def test_nothing_changes_where_more_than_the_next_module_is_concerned(network, stem):
     torch.manual_seed(0)
     quantized, x = placed(network)
     assert len(quantized.stem) == stem
     assert_same(step(quantized, x, stem=True), step(quantized, x, stem=False))
+
+
+class Features(Pooled):
+    """Returns what NNCF does not count as an output, and keeps it."""
+
+    def forward(self, x):
+        self.kept = self.norm(self.first(x))
+        x = self.pool(self.relu(self.kept))
+        return {"output": self.last((self.other(self.middle(x).relu_()) + x).relu_().mean((2, 3))), "kept": self.kept}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_outputs_on_the_way_can_be_read(share):
+    torch.manual_seed(0)
+    quantized, x = placed(Features(inplace=False))
+    assert len(quantized.stem) == 4
+    found = []
+    for stem in (quantized.stem, ()):
+        quantized.model.train().zero_grad(set_to_none=True)
+        with quantized.several_passes(), computed_once(stem):
+            for bits in (4, 2):
+                quantized.select_uniform(bits)
+                output = quantized.model(x)
+                (output["output"].square().sum() + share * output["kept"].pow(3).sum()).backward()
+                found.append(output["kept"].detach().clone())
+        found.append(quantized.model.first.weight.grad.clone())
+    for one, other in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_norm": "shared"},
+        {"batch_norm": "frozen"},
+        {"train_weights": False},
+        {"label_free": True},
+        {"distillation": 0.5},
+        {"optimizer": "adam", "learning_rate": 1e-4},
+    ],
+    ids=str,
+)
+def test_joint_training_is_that_without_a_stem(options):
+    torch.manual_seed(0)
+    quantized, x = placed(Pooled())
+    trained = []
+    for stem in (quantized.stem, ()):
+        twin = replace(copy.deepcopy(quantized), stem=())
+        twin = replace(twin, stem=tuple(twin.model.get_submodule(n) for n in ("first", "norm", "relu", "pool") if stem))
+        config = JointConfig(**{"epochs": 2, "data_fraction": 1.0, **options})
+        train_jointly(twin, [(part, torch.zeros(4, dtype=torch.long)) for part in x.split(4)], config)
+        trained.append({**dict(twin.model.named_parameters()), **dict(twin.model.named_buffers())})
+    for name, value in trained[0].items():
+        torch.testing.assert_close(
+            value, trained[1][name], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: name + text
+        )
 
 
 @pytest.mark.parametrize(("mode", "updates"), [("shared", 4), ("switched", 1)])

@@ -161,45 +161,53 @@ _READING_FUNCTIONS = ("batch_norm", "relu", "max_pool1d", "max_pool2d", "max_poo
 
 def stem_of(model: nn.Module, first: str, ops: Sequence[Op], ceilings: Collection[str]) -> tuple[nn.Module, ...]:
     """
-    :param first: operation that the model begins with, at fixed bits.
+    From the first layer to the first quantizer whose bits are searched, as far as it is a chain of modules and nothing
+    changes their outputs in place.
+
+    :param first: operation of the first layer, at fixed bits.
     :param ops: of the model, in order.
+    :param ceilings: see :class:`SharedPasses`.
     :return: :attr:`nncf_mpq_plugin.placement.QuantizedModel.stem`.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     owners = {op.name: modules.get(".".join(op.name.split("/")[:-2])) for op in ops}
     calls = Counter(map(id, owners.values()))
+    storage = get_hook_storage(model)
+    sides = [_ports(storage.pre_hooks), _ports(storage.post_hooks)]
+    contained = left_out(model, ceilings)
+    inputs = {op.name: [producer for producer, _ in op.inputs.values()] for op in ops}
     readers: dict[str, list[tuple[Op, int]]] = {op.name: [] for op in ops}
     for op in ops:
         for port, (producer, _) in op.inputs.items():
             readers[producer].append((op, port))
-    contained = left_out(model, ceilings)
+
+    before = list(inputs[first])
+    while before:  # the backward pass of another branch would free what the stem's goes through later
+        name = before.pop()
+        if len(readers[name]) > 1:
+            return ()
+        before += inputs[name]
 
     def is_same_in_every_pass(name: str) -> bool:
-        module, hooks = owners[name], _hooks_of(model, name)
+        module = owners[name]
+        hooks = [hook for side in sides for _, group in side.get(name, []) for hook in group]
         fixed = all(isinstance(hook, MultiBitQuantizer) and len(hook.bits) == 1 for hook in hooks)
-        # whose result is not taken, the variable that it changes in place may be read
-        taken = name in ceilings or not getattr(module, "inplace", False)
-        return type(module) in _STEM and calls[id(module)] == 1 and fixed and taken
+        return type(module) in _STEM and calls[id(module)] == 1 and fixed
 
     def leaves_its_input(op: Op, port: int) -> bool:
         if op.kind == ADD:
             return port > 0 or function_of(op.name) not in IN_PLACE_ADDITIONS
         return op.kind in (WEIGHTED, CONCAT) or op.name in contained or function_of(op.name) in _READING_FUNCTIONS
 
-    stem: list[str] = []
+    stem: list[nn.Module] = []
     following = [first]
     while len(following) == 1 and is_same_in_every_pass(following[0]):
-        stem += following
-        following = [op.name for op, _ in readers[stem[-1]]]
-    while stem and not all(leaves_its_input(*reader) for reader in readers[stem[-1]]):
-        stem.pop()
-    return tuple(module for name in stem if (module := owners[name]) is not None)
-
-
-def _hooks_of(model: nn.Module, operation: str) -> list[nn.Module]:
-    storage = get_hook_storage(model)
-    ports = [_ports(side).get(operation, []) for side in (storage.pre_hooks, storage.post_hooks)]
-    return [hook for side in ports for _, group in side for hook in group]
+        (name,) = following
+        if not all(leaves_its_input(*reader) for reader in readers[name]):
+            break
+        stem.append(model.get_submodule(".".join(name.split("/")[:-2])))
+        following = [op.name for op, _ in readers[name]]
+    return tuple(stem)
 
 
 def left_out(model: nn.Module, ceilings: Collection[str]) -> list[str]:

@@ -113,13 +113,20 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
     Two kinds keep that order here, too: behind a layer norm, OpenVINO's values would be further from exact ones; a
     stored tensor that is signed would be converted to float32 and back.
 
-    A ReLU or ReLU6 that nothing else reads becomes part of the Clip: OpenVINO would run both.
+    A ReLU or ReLU6 that nothing else reads becomes part of the Clip, but not behind these: OpenVINO would run both.
     """
     reads = Counter(name for node in model.graph.node for name in node.input)
     reads.update(item.name for item in model.graph.output)
     producers = {output: node for node in model.graph.node for output in node.output}
     constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     nodes, unread = list(model.graph.node), set()
+
+    def origin(tensor: str) -> str:
+        producer = producers.get(tensor)
+        while producer is not None and producer.op_type in TRANSPARENT:
+            producer = producers.get(producer.input[0])
+        return producer.op_type if producer is not None else ""
+
     for index, clip in enumerate(nodes):
         around = [node.op_type for node in nodes[index - 1 : index + 2]]
         if around != ["QuantizeLinear", "Clip", "DequantizeLinear"] or nodes[index - 1].output[0] != clip.input[0]:
@@ -128,17 +135,15 @@ def _clip_before_rounding(model: onnx.ModelProto) -> None:
         shifted = rounding.input[0] == f"{dequantized.output[0]}.shifted"
         first = index - 2 if shifted else index - 1
         step, zero_point = (constants[name].astype(np.float32) for name in dequantized.input[1:])
-        producer = producers.get(nodes[first].input[0])
-        while producer is not None and producer.op_type in TRANSPARENT:
-            producer = producers.get(producer.input[0])
-        kind = producer.op_type if producer is not None else ""
+        kind = origin(nodes[first].input[0])
         if kind == "LayerNormalization" or (kind == "DequantizeLinear" and zero_point):
             continue
         low, high = (step * (constants[name].astype(np.float32) - zero_point) for name in clip.input[1:])
         clip.input[0], nodes[first].input[0] = nodes[first].input[0], clip.output[0]
         before = producers.get(clip.input[0])
         bounds = None if before is None or reads[clip.input[0]] > 1 else _bounds(before, constants)
-        if before is not None and bounds is not None:
+        kinds = ("LayerNormalization", "DequantizeLinear")
+        if before is not None and bounds is not None and origin(before.input[0]) not in kinds:
             low, high = np.maximum(low, bounds[0]).astype(np.float32), np.minimum(high, bounds[1]).astype(np.float32)
             clip.input[0] = before.input[0]
             unread.add(before.output[0])
