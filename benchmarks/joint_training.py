@@ -5,12 +5,13 @@ What does joint training cost? A joint step at five bit widths (six passes) besi
     python benchmarks/joint_training.py --network resnet18 --rounds 1 --batch 4
     python benchmarks/joint_training.py --threads 1 --cpu-seconds  # on a machine that does other work as well
 
-In one process, in turns, median over the rounds. The joint step is that of train_jointly, safeguards included; "tensor
-operations" is the same without a compiler; "chain" is the same schedule in the plain way: a quantizer written as the
-usual chain of differentiable tensor operations, every pass in full, nothing computed again, NNCF's hooks as they are.
-Memory is the peak of tensor bytes that torch's CPU allocator has handed out in two steps (torch.profiler), plus the
-model's: parameters, gradients, momentum, saved activations, temporaries; not the buffers that oneDNN allocates for
-itself.
+In one process, in turns. Seconds are medians over the rounds, and ratios are medians of the rounds' ratios, since a
+virtual machine becomes faster and slower from one minute to the next. The joint step is that of train_jointly,
+safeguards included; "tensor operations" is the same without a compiler; "chain" is the same schedule in the plain way:
+a quantizer written as the usual chain of differentiable tensor operations, every pass in full, nothing computed again,
+NNCF's hooks as they are. Memory is the peak of tensor bytes that torch's CPU allocator has handed out in two steps
+(torch.profiler), plus the model's: parameters, gradients, momentum, saved activations, temporaries; not the buffers
+that oneDNN allocates for itself.
 """
 
 from __future__ import annotations
@@ -123,13 +124,14 @@ def measure(name: str, batch: int, rounds: int, clock: Clock, out: Console) -> N
     placed = place(copy.deepcopy(model).eval(), batches[0][0][:1], [batches[0][0]], bits=BITS)
     assert lsq.compiled(), "the kernel does not compile on this machine"
     names = ("joint step", "tensor operations", "chain")
-    seconds: dict[str, list[float]] = {"FP32": [], **{kind: [] for kind in names}}
+    seconds: dict[str, list[float]] = {"FP32": [], **{kind: [] for kind in names}}  # of each round
     fp32_steps(copy.deepcopy(model), batches, 2)
     for _ in range(rounds):
-        seconds["FP32"] += fp32_steps(copy.deepcopy(model), batches, PASSES, clock)[1:]
+        steps = fp32_steps(copy.deepcopy(model), batches, PASSES, clock)[1:]
+        seconds["FP32"].append(PASSES * statistics.median(steps))
         for kind in names:
             with variant(kind):
-                seconds[kind] += joint_steps(copy.deepcopy(placed), batches, clock)
+                seconds[kind].append(statistics.median(joint_steps(copy.deepcopy(placed), batches, clock)))
     memory = {"FP32": peak_bytes(model, lambda: fp32_steps(copy.deepcopy(model), batches[:2], 2))}
     for kind in names:
         twin = copy.deepcopy(placed)
@@ -137,7 +139,11 @@ def measure(name: str, batch: int, rounds: int, clock: Clock, out: Console) -> N
             memory[kind] = peak_bytes(twin.model, lambda twin=twin: joint_steps(twin, batches[:2]))
     copied = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     memory["FP32"] -= copied  # of the copy made in the step
-    base = PASSES * statistics.median(seconds["FP32"])
+
+    def ratio(one: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+    base = statistics.median(seconds["FP32"])
     table = Table(
         title=f"{name}, batch {batch} of {SIZE}x{SIZE}, {torch.get_num_threads()} threads", title_justify="left"
     )
@@ -146,13 +152,11 @@ def measure(name: str, batch: int, rounds: int, clock: Clock, out: Console) -> N
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row(f"{PASSES} FP32 steps", f"{base:.3f}", "1.00", "-", f"{memory['FP32'] / 1e6:.0f}", "1.00")
     for kind in names:
-        time_of = statistics.median(seconds[kind])
-        slower = statistics.median(seconds["chain"]) / time_of
         table.add_row(
             kind,
-            f"{time_of:.3f}",
-            f"{time_of / base:.2f}",
-            f"{slower:.2f}",
+            f"{statistics.median(seconds[kind]):.3f}",
+            f"{ratio(kind, 'FP32'):.2f}",
+            f"{ratio('chain', kind):.2f}",
             f"{memory[kind] / 1e6:.0f}",
             f"{memory[kind] / memory['FP32']:.2f}",
         )
