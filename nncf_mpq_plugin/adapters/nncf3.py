@@ -45,6 +45,7 @@ from nncf_mpq_plugin.adapters.plan import (
     Op,
     Plan,
     Position,
+    consumers_of,
     make_plan,
     reads_input,
 )
@@ -682,12 +683,12 @@ def _calibrate(quantized: QuantizedModel, calibration: Sequence[Tensor]) -> None
 def _ceilings(ops: Sequence[Op], model: nn.Module, example_input: Tensor) -> dict[str, float]:
     """:return: :attr:`NNCFQuantizedModel.ceilings`, of a model without hooks."""
     by_name = {op.name: op for op in ops}
-    readers = Counter(tensor for op in ops for tensor in op.inputs.values())
+    consumers = consumers_of(ops)
 
     def read_by_nobody_else(tensor: tuple[str, int]) -> bool:
         """:return: whether it can stay as it is where a function would have changed it in place."""
         producer = by_name[tensor[0]]
-        if readers[tensor] != 1:
+        if len(consumers[tensor]) != 1:
             return False
         if producer.kind == ADD and function_of(producer.name) in IN_PLACE_ADDITIONS:
             return 0 in producer.inputs and read_by_nobody_else(producer.inputs[0])

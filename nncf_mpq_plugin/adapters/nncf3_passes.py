@@ -22,7 +22,7 @@ from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode, OpMeta
 from torch import Tensor, nn
 
-from nncf_mpq_plugin.adapters.plan import ADD, CONCAT, WEIGHTED, Op
+from nncf_mpq_plugin.adapters.plan import ADD, CONCAT, WEIGHTED, Op, consumers_of
 from nncf_mpq_plugin.convolution import conv2d
 from nncf_mpq_plugin.quantizer import MultiBitQuantizer
 
@@ -40,7 +40,7 @@ class _SharedMode(FunctionHookMode):
         super().__init__(model, storage)
         self._before, self._behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
         self._names: dict[tuple[int, ...], str] = {}
-        self._ceilings = {operation: ceilings[operation] for operation in left_out(model, ceilings)}
+        self._ceilings = left_out(self._before, self._behind, ceilings)
         self._functions = set(map(function_of, self._ceilings))
 
     @property
@@ -159,7 +159,7 @@ _STEM = (
 _READING_FUNCTIONS = ("batch_norm", "relu", "max_pool1d", "max_pool2d", "max_pool3d")
 
 
-def stem_of(model: nn.Module, first: str, ops: Sequence[Op], ceilings: Collection[str]) -> tuple[nn.Module, ...]:
+def stem_of(model: nn.Module, first: str, ops: Sequence[Op], ceilings: Mapping[str, float]) -> tuple[nn.Module, ...]:
     """
     From the first layer to the first quantizer whose bits are searched, as far as it is a chain of modules and nothing
     changes their outputs in place.
@@ -173,54 +173,51 @@ def stem_of(model: nn.Module, first: str, ops: Sequence[Op], ceilings: Collectio
     owners = {op.name: modules.get(".".join(op.name.split("/")[:-2])) for op in ops}
     calls = Counter(map(id, owners.values()))
     storage = get_hook_storage(model)
-    sides = [_ports(storage.pre_hooks), _ports(storage.post_hooks)]
-    contained = left_out(model, ceilings)
-    inputs = {op.name: [producer for producer, _ in op.inputs.values()] for op in ops}
-    readers: dict[str, list[tuple[Op, int]]] = {op.name: [] for op in ops}
-    for op in ops:
-        for port, (producer, _) in op.inputs.items():
-            readers[producer].append((op, port))
+    sides = _ports(storage.pre_hooks), _ports(storage.post_hooks)
+    contained = left_out(*sides, ceilings)
+    by_name, consumers = {op.name: op for op in ops}, consumers_of(ops)
 
-    before = list(inputs[first])
+    def readers(name: str) -> list[tuple[str, int]]:
+        return [reader for tensor, found in consumers.items() if tensor[0] == name for reader in found]
+
+    before = [first]
     while before:  # the backward pass of another branch would free what the stem's goes through later
-        name = before.pop()
-        if len(readers[name]) > 1:
+        producers = {producer for producer, _ in by_name[before.pop()].inputs.values()}
+        if any(len(readers(producer)) > 1 for producer in producers):
             return ()
-        before += inputs[name]
+        before += producers
 
     def is_same_in_every_pass(name: str) -> bool:
-        module = owners[name]
         hooks = [hook for side in sides for _, group in side.get(name, []) for hook in group]
         fixed = all(isinstance(hook, MultiBitQuantizer) and len(hook.bits) == 1 for hook in hooks)
-        return type(module) in _STEM and calls[id(module)] == 1 and fixed
+        return type(owners[name]) in _STEM and calls[id(owners[name])] == 1 and fixed
 
-    def leaves_its_input(op: Op, port: int) -> bool:
-        if op.kind == ADD:
-            return port > 0 or function_of(op.name) not in IN_PLACE_ADDITIONS
-        return op.kind in (WEIGHTED, CONCAT) or op.name in contained or function_of(op.name) in _READING_FUNCTIONS
+    def leaves_its_input(name: str, port: int) -> bool:
+        kind, function = by_name[name].kind, function_of(name)
+        if kind == ADD:
+            return port > 0 or function not in IN_PLACE_ADDITIONS
+        return kind in (WEIGHTED, CONCAT) or name in contained or function in _READING_FUNCTIONS
 
     stem: list[nn.Module] = []
-    following = [first]
-    while len(following) == 1 and is_same_in_every_pass(following[0]):
-        (name,) = following
-        if not all(leaves_its_input(*reader) for reader in readers[name]):
+    following = [(first, 0)]
+    while len(following) == 1:
+        ((name, _),) = following
+        module, following = owners[name], readers(name)
+        if module is None or not is_same_in_every_pass(name) or not all(leaves_its_input(*r) for r in following):
             break
-        stem.append(model.get_submodule(".".join(name.split("/")[:-2])))
-        following = [op.name for op, _ in readers[name]]
+        stem.append(module)
     return tuple(stem)
 
 
-def left_out(model: nn.Module, ceilings: Collection[str]) -> list[str]:
+def left_out(before: Ports, behind: Ports, ceilings: Mapping[str, float]) -> dict[str, float]:
     """:return: those of ``ceilings`` whose only hook is an unsigned quantizer, which stands for them."""
-    storage = get_hook_storage(model)
-    before, behind = _ports(storage.pre_hooks), _ports(storage.post_hooks)
 
     def contained(operation: str) -> bool:
         hooks = [hook for _, group in behind.get(operation, []) for hook in group]
         unsigned = [isinstance(hook, MultiBitQuantizer) and not hook.signed for hook in hooks]
         return operation not in before and unsigned == [True]
 
-    return [operation for operation in ceilings if contained(operation)]
+    return {operation: ceiling for operation, ceiling in ceilings.items() if contained(operation)}
 
 
 def function_of(operation: str) -> str:

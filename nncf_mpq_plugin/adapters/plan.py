@@ -18,7 +18,7 @@ Pure functions on a small graph; the adapter translates NNCF's graph into it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Tensor = tuple[str, int]
@@ -101,16 +101,23 @@ class Plan:
     dropped: tuple[Position, ...]
 
 
+def consumers_of(ops: Iterable[Op]) -> dict[Tensor, list[tuple[str, int]]]:
+    """:return: tensor -> operations that read it, and at which port."""
+    consumers: dict[Tensor, list[tuple[str, int]]] = {}
+    for op in ops:
+        for port, tensor in op.inputs.items():
+            consumers.setdefault(tensor, []).append((op.name, port))
+    return consumers
+
+
 @dataclass
 class _Graph:
     ops: Mapping[str, Op]
     quantized: Mapping[Position, bool]
-    consumers: dict[Tensor, list[tuple[str, int]]] = field(default_factory=dict)
+    consumers: Mapping[Tensor, list[tuple[str, int]]] = field(init=False)
 
     def __post_init__(self) -> None:
-        for op in self.ops.values():
-            for port, tensor in op.inputs.items():
-                self.consumers.setdefault(tensor, []).append((op.name, port))
+        self.consumers = consumers_of(self.ops.values())
 
     def source(self, op: str, port: int) -> Position | None:
         """Where the value at an input is quantized: walk back to NNCF's quantizer, or to a quantized concatenation."""
