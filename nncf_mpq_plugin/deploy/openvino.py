@@ -21,6 +21,7 @@ import openvino as ov
 from onnx import numpy_helper
 from openvino import opset13 as ops
 
+from nncf_mpq_plugin.deploy.attention import simplify_attention
 from nncf_mpq_plugin.deploy.onnx import TRANSPARENT, weights_of_float_layers
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.files import written_atomically
@@ -58,6 +59,7 @@ def to_openvino(onnx_path: str | Path) -> ov.Model:
             _pack(node, compressed)
         elif node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i32:
             _fold_bias(node)
+    simplify_attention(model)
     model.validate_nodes_and_infer_types()
     return model
 

@@ -1,0 +1,154 @@
+"""
+Self-attention in the IR with one transposition, and its scale in the layer that makes queries, keys and values.
+
+``nn.MultiheadAttention`` turns the output of one linear layer into queries, keys and values by seven reshapes and
+transpositions, and scales queries and keys separately. OpenVINO runs most of these as kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+_MOVES = {"Gather", "Multiply", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "VariadicSplit"}
+_BATCH = 2  # of the probe: any number tells the batch from the tokens
+_QUERY, _KEY, _VALUE, _SCALE = 0, 1, 2, 4
+_TOLERANCE = 1e-6
+
+
+def simplify_attention(model: ov.Model) -> None:
+    """
+    Rewire each self-attention whose queries, keys and values come from one linear layer that nothing else reads:
+    the same values in fewer kernels. Others stay as they are.
+    """
+    found = _attentions(model)
+    try:
+        probes = _attentions(_with_known_shapes(model)) if found else {}
+    except RuntimeError:  # the model cannot have batches of this size
+        return
+    for name in found.keys() & probes.keys():
+        _simplify(found[name], probes[name])
+
+
+def _attentions(model: ov.Model) -> dict[str, ov.Node]:
+    """:return: by name; with an input for the scale."""
+    nodes = [node for node in model.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+    return {node.get_friendly_name(): node for node in nodes if len(node.inputs()) > _SCALE}
+
+
+def _with_known_shapes(model: ov.Model) -> ov.Model:
+    """:return: a copy for one size of batches, in which nothing is computed from shapes."""
+    twin = model.clone()
+    shapes = {port: port.get_partial_shape() for port in twin.inputs}
+    twin.reshape({port: [_BATCH if d.is_dynamic else d.get_length() for d in shape] for port, shape in shapes.items()})
+    for node in twin.get_ops():
+        if node.get_type_name() == "ShapeOf":
+            shape = ops.constant(np.array(node.get_input_shape(0)), node.get_element_type())
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(shape.output(0))
+    return twin
+
+
+def _simplify(attention: ov.Node, probed: ov.Node) -> None:
+    """:param probed: ``attention`` in a model with known shapes."""
+    source = _source(attention.input_value(_QUERY))
+    shape, sizes = source.get_partial_shape(), list(probed.get_input_shape(_QUERY))
+    if len(shape) != 3 or len(sizes) != 4 or not _alone_reads(attention, source):
+        return
+    _, heads, tokens, width = sizes
+    axes = [2, 1, 3, 0, 4] if shape[0] == tokens else [2, 0, 3, 1, 4]  # tokens first, or the batch
+    factor = _scale(probed, [3, heads, width], axes)
+    if factor is None:
+        return
+
+    factors = np.repeat(np.array([factor, 1, 1], np.float32), heads * width)
+    scale = np.array(1 if _scale_layer(source, factors) else factor, np.float32)
+    split = ops.reshape(source, np.array([0, 0, 3, heads, width]), special_zero=True)
+    moved = ops.transpose(split, np.array(axes))
+    for port in (_QUERY, _KEY, _VALUE):
+        attention.input(port).replace_source_output(ops.gather(moved, np.array(port), np.array(0)).output(0))
+    attention.input(_SCALE).replace_source_output(ops.constant(scale).output(0))
+
+
+def _scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int]) -> float | None:
+    """
+    Try whether queries, keys and values are parts of their source, transposed and scaled.
+
+    :param attention: in a model that is not needed any more.
+    :param split: sizes that the source's last dimension is split into: parts, heads and features.
+    :param axes: the order of dimensions behind the transposition.
+    :return: the scale of the products of queries and keys; None if the three are something else.
+    """
+    source = _source(attention.input_value(_QUERY))
+    shape = list(source.get_shape())
+    if shape[-1] != np.prod(split):
+        return None
+    probe = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    parameter = ops.parameter(shape, np.float32)
+    for target in source.get_target_inputs():
+        target.replace_source_output(parameter.output(0))
+    results = [ops.result(attention.input_value(port)) for port in (_QUERY, _KEY, _VALUE, _SCALE)]
+    try:
+        compiled = ov.compile_model(ov.Model(results, [parameter]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    except RuntimeError:  # they depend on something else as well
+        return None
+    *found, scale = (np.array(value) for value in compiled([probe]).values())
+    factors = []
+    for value, expected in zip(found, probe.reshape(*shape[:2], *split).transpose(axes), strict=True):
+        if value.shape != expected.shape:
+            return None
+        factors.append(np.median(value / expected))
+        if not np.allclose(value, factors[-1] * expected, _TOLERANCE, 0):
+            return None
+    return float(factors[_QUERY] * factors[_KEY] * scale.item()) if factors[_VALUE] == 1 else None
+
+
+def _source(output: ov.Output) -> ov.Output:
+    """:return: what moves of values, and their scaling, begin with."""
+    while output.get_node().get_type_name() in _MOVES:
+        output = output.get_node().input_value(0)
+    return output
+
+
+def _alone_reads(attention: ov.Node, source: ov.Output) -> bool:
+    """:return: whether all that is made of ``source`` are the attention's inputs, but for shapes."""
+    pending, seen = [source], set()
+    while pending:
+        for target in pending.pop().get_target_inputs():
+            reader = target.get_node()
+            if reader == attention or reader.get_type_name() == "ShapeOf" or reader.get_name() in seen:
+                continue
+            if reader.get_type_name() not in _MOVES:
+                return False
+            seen.add(reader.get_name())
+            pending.extend(reader.outputs())
+    return all(_source(attention.input_value(port)) == source for port in (_QUERY, _KEY, _VALUE))
+
+
+def _scale_layer(output: ov.Output, factors: np.ndarray) -> bool:
+    """
+    Multiply a linear layer's outputs, through the steps of its weights and its bias.
+
+    :param factors: by output channel.
+    :return: whether ``output`` is such a layer's.
+    """
+    add = output.get_node()
+    if add.get_type_name() != "Add":
+        return False
+    order = (0, 1) if add.input_value(0).get_node().get_type_name() == "Constant" else (1, 0)
+    bias, product = (add.input_value(port).get_node() for port in order)
+    if product.get_type_name() != "MatMul" or len(product.output(0).get_target_inputs()) != 1:
+        return False
+    weight = product.input_value(1).get_node()
+    if weight.get_type_name() != "Multiply" or len(weight.output(0).get_target_inputs()) != 1:
+        return False
+    steps = weight.input_value(1).get_node()
+    if any(node.get_type_name() != "Constant" or node.data.size != factors.size for node in (bias, steps)):
+        return False
+    for node, constant, port in ((add, bias, order[0]), (weight, steps, 1)):
+        scaled = ops.constant(constant.data * factors.reshape(constant.data.shape))
+        node.input(port).replace_source_output(scaled.output(0))
+    return True

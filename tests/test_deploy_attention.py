@@ -1,0 +1,199 @@
+"""Self-attention in the IR: rewired where it can be, and the same values everywhere."""
+
+import warnings
+
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from torch import Tensor, nn
+
+nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
+
+from networks import Attention, prepared  # noqa: E402
+
+from nncf_mpq_plugin import deploy  # noqa: E402
+from nncf_mpq_plugin.deploy.openvino import compile_exactly, save_ir, to_openvino  # noqa: E402
+from nncf_mpq_plugin.finetune import reduce_to_policy  # noqa: E402
+from nncf_mpq_plugin.types import LayerBits, Policy  # noqa: E402
+
+TOKENS, HEADS, WIDTH = 7, 2, 6
+
+
+class SelfAttention(nn.Module):
+    """``nn.MultiheadAttention``, whose tokens are the first dimension inside."""
+
+    def __init__(self, batch_first: bool = True, masked: bool = False):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(HEADS * WIDTH, HEADS, batch_first=batch_first)
+        nn.init.normal_(self.attention.in_proj_bias)
+        self.mask = torch.randn(TOKENS, TOKENS) if masked else None
+        self.batch_first = batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        return self.attention(x, x, x, need_weights=False, attn_mask=self.mask)[0]
+
+
+class Projected(nn.Module):
+    """Attention as vision transformers write it: queries, keys and values of one layer, the batch first."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(HEADS * WIDTH, 3 * HEADS * WIDTH)
+
+    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
+        return y.reshape(-1, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(*self.parts(self.qkv(x)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Written(Projected):
+    def attend(self, q, k, v):
+        return (((q * 0.3) @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class OtherOrder(Projected):
+    """Keys before queries."""
+
+    def attend(self, q, k, v):
+        return super().attend(k, q, v)
+
+
+class ReadElsewhere(Projected):
+    def forward(self, x):
+        y = self.qkv(x)
+        return self.attend(*self.parts(y)) + y[..., :1]
+
+
+class KeysReadElsewhere(Projected):
+    def attend(self, q, k, v):
+        return super().attend(q, k, v) + k.sum((1, 2, 3))[:, None, None]
+
+
+class Gated(Projected):
+    """Queries are multiplied by something that depends on the input in another way."""
+
+    def forward(self, x):
+        q, k, v = self.parts(self.qkv(x))
+        return self.attend(q * x.mean((1, 2))[:, None, None, None].sigmoid(), k, v)
+
+
+class ScaledByChannel(Projected):
+    def attend(self, q, k, v):
+        return super().attend(q * torch.linspace(0.5, 1.5, WIDTH), k, v)
+
+
+class ScaledValues(Projected):
+    def attend(self, q, k, v):
+        return super().attend(q, k, v * 2)
+
+
+class FixedBatch(Projected):
+    def parts(self, y):
+        return y.reshape(5, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(HEADS * WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x):
+        y = x.flip(1)
+        return self.attention(x, y, y, need_weights=False)[0]
+
+
+@pytest.fixture(autouse=True)
+def without_fast_path():
+    """torch's exporter does not know it; ``deploy.export`` turns it off itself."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def attentions(model: ov.Model) -> list[ov.Node]:
+    return [op for op in model.get_ops() if op.get_type_name() == "ScaledDotProductAttention"]
+
+
+def rewired(attention: ov.Node) -> bool:
+    """:return: whether its inputs are the three parts of one transposition."""
+    parts = [attention.input_value(port).get_node() for port in range(3)]
+    if [part.get_type_name() for part in parts] != ["Gather"] * 3:
+        return False
+    sources = {part.input_value(0) for part in parts}
+    return len(sources) == 1 and sources.pop().get_node().get_type_name() == "Transpose"
+
+
+@pytest.mark.parametrize("network", [SelfAttention, lambda: SelfAttention(False), Projected, Written])
+def test_attention_of_one_layer_is_rewired(network, tmp_path):
+    (attention,) = attentions(converted(network, tmp_path))
+    assert rewired(attention)
+
+
+@pytest.mark.parametrize(
+    "network", [OtherOrder, ReadElsewhere, KeysReadElsewhere, Gated, ScaledByChannel, ScaledValues, CrossAttention]
+)
+def test_other_attention_stays(network, tmp_path):
+    (attention,) = attentions(converted(network, tmp_path))
+    assert not rewired(attention)
+
+
+def test_a_masked_attention_is_computed_right(tmp_path):
+    converted(lambda: SelfAttention(masked=True), tmp_path)
+
+
+def test_a_network_for_one_size_of_batches_is_converted(tmp_path):
+    (attention,) = attentions(converted(FixedBatch, tmp_path, sizes=(5,)))
+    assert not rewired(attention)
+
+
+def converted(network, folder, sizes=(1, 3)) -> ov.Model:
+    """:return: the IR, after its outputs were compared with torch's."""
+    torch.manual_seed(0)
+    model = network().eval()
+    dynamic = {"input": {0: "batch"}}
+    example = torch.randn(5, TOKENS, HEADS * WIDTH)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's exporter
+        torch.onnx.export(
+            model, (example,), folder / "a.onnx", dynamo=False, input_names=["input"], dynamic_axes=dynamic
+        )
+        ir = to_openvino(folder / "a.onnx")
+        save_ir(ir, folder / "a.xml")
+        for size in sizes:
+            batch = torch.randn(size, TOKENS, HEADS * WIDTH)
+            found = compile_exactly(folder / "a.xml")(batch.numpy())[0]
+            np.testing.assert_allclose(found, model(batch).numpy(), atol=1e-5)
+    return ir
+
+
+class Projections(Attention):
+    """With a bias of its first layer, and weights on which every part of the layer's outputs depends."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.normal_(self.attention.in_proj_bias)
+
+
+@pytest.mark.parametrize("bits", [LayerBits(4, 4), LayerBits(5, 6), LayerBits(3, 32)], ids=str)
+def test_the_layer_before_takes_in_the_scale(bits, tmp_path):
+    torch.manual_seed(3)
+    data = [torch.randn(16, 3, 16, 16) for _ in range(2)]
+    quantized = nncf3.place(prepared(Projections), data[0], data, bits=(3, 4, 5, 6))
+    policy = Policy({layer.cost.name: bits for layer in quantized.searchable})
+    reduce_to_policy(quantized, policy, data)
+    frozen = nncf3.freeze(quantized)
+    deploy.export(frozen, data[0], tmp_path)
+    (attention,) = attentions(ov.Core().read_model(tmp_path / "model.xml"))
+    assert rewired(attention)
+    assert attention.input_value(4).get_node().data.item() == 1
+    report = deploy.verify(frozen, tmp_path, data)
+    assert report.ok, report.to_json()
+    outputs = [compile_exactly(tmp_path / file)(data[0].numpy())[0] for file in ("model.xml", "model.onnx")]
+    assert np.abs(outputs[0] - outputs[1]).mean() < 1e-2 * outputs[1].std()
