@@ -2,7 +2,8 @@
 Does the deployed model compute what was trained, at INT8 speed, in as few bytes as its bits?
 
 Each network is trained shortly on a small task (ten patterns under noise, 64x64), gets a random policy over
-{2, 3, 4, 5, 6, 8} bits, is fine-tuned at these bits and exported. Four steps, each of which leaves ``STEP.json`` in the
+{2, 3, 4, 5, 6, 8} bits ("A8": of weights, activations at 8 bits; "W4": weights at 4 bits, activations in floating
+point), is fine-tuned at these bits and exported. Four steps, each of which leaves ``STEP.json`` in the
 network's folder under ``--output`` and is left out where that exists:
 
 * ``train``;
@@ -63,7 +64,8 @@ class Network:
     :param samples: compared with torch.
     :param calibration: samples that ranges come from.
     :param target: ``deploy.target``.
-    :param weight_only: weight bits of a policy with activations in floating point; None for a random policy.
+    :param weight: bits of all searched weights; None for random ones.
+    :param activation: of all searched activations, likewise; 32 leaves them in floating point.
     """
 
     build: Callable[..., nn.Module]
@@ -74,7 +76,8 @@ class Network:
     samples: int = VERIFY
     calibration: int = 128
     target: str = "openvino"
-    weight_only: int | None = None
+    weight: int | None = None
+    activation: int | None = None
 
 
 small_vit = partial(
@@ -102,11 +105,12 @@ NETWORKS: Mapping[str, Network] = {
     "resnet18": Network(torchvision.models.resnet18),
     "resnet18 (ORT)": Network(torchvision.models.resnet18, target="onnxruntime"),
     "mobilenet_v2": Network(torchvision.models.mobilenet_v2),
+    "mobilenet_v2 (A8)": Network(torchvision.models.mobilenet_v2, activation=8),
     "squeezenet1_1": Network(squeezenet, epochs=40, rate=0.001),
     "densenet121": Network(torchvision.models.densenet121),
     "vit": Network(small_vit, timed=64, rate=0.01),
     "vit_b_16": untrained(),
-    "vit_b_16 (W4)": untrained(weight_only=4),
+    "vit_b_16 (W4)": untrained(weight=4, activation=32),
 }
 
 
@@ -131,13 +135,11 @@ def examples(name: str, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def chosen_policy(name: str, quantized: nncf3.NNCFQuantizedModel, seed: int) -> Policy:
-    weight, choose = NETWORKS[name].weight_only, random.Random(seed).choice
-    if weight is not None:
-        return Policy({layer.cost.name: LayerBits(weight, 32) for layer in quantized.searchable})
-    groups = {group: choose(BITS) for group in quantized.searchable_groups}
+    network, choose = NETWORKS[name], random.Random(seed).choice
+    groups = {group: network.activation or choose(BITS) for group in quantized.searchable_groups}
     return Policy(
         {
-            layer.cost.name: LayerBits(choose(BITS), groups[layer.cost.activation_group])
+            layer.cost.name: LayerBits(network.weight or choose(BITS), groups[layer.cost.activation_group])
             for layer in quantized.searchable
         }
     )

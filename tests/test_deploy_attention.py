@@ -1,11 +1,13 @@
 """Self-attention in the IR: rewired where it can be, and the same values everywhere."""
 
+import sys
 import warnings
 
 import numpy as np
 import openvino as ov
 import pytest
 import torch
+from openvino import opset13 as ops
 from torch import Tensor, nn
 
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
@@ -13,7 +15,8 @@ nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF
 from networks import Attention, prepared  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
-from nncf_mpq_plugin.deploy.openvino import compile_exactly, save_ir, to_openvino  # noqa: E402
+from nncf_mpq_plugin.deploy.attention import _scale_layer  # noqa: E402
+from nncf_mpq_plugin.deploy.openvino import EXACT, compile_exactly, save_ir, to_openvino  # noqa: E402
 from nncf_mpq_plugin.finetune import reduce_to_policy  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits, Policy  # noqa: E402
 
@@ -93,6 +96,41 @@ class ScaledValues(Projected):
         return super().attend(q, k, v * 2)
 
 
+class ScaledByValue(Projected):
+    """Queries are multiplied by one of the layer's outputs."""
+
+    def forward(self, x):
+        y = self.qkv(x)
+        q, k, v = self.parts(y)
+        return self.attend(q * y[0, 0, 0], k, v)
+
+
+class MaskedByQueries(Projected):
+    def attend(self, q, k, v):
+        mask = 3 * q[..., :1].transpose(-1, -2)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class ScaledByBatch(Projected):
+    def attend(self, q, k, v):
+        return super().attend(q * torch._shape_as_tensor(q)[0].float(), k, v)
+
+
+class FirstSamples(Projected):
+    def parts(self, y):
+        return super().parts(y[:3])
+
+
+class ChosenSamples(Written):
+    def forward(self, x):
+        return super().forward(x[x[:, 0, 0] > -9])
+
+
+class Half(Written):
+    def forward(self, x):
+        return super().forward(x.half()).float()
+
+
 class FixedBatch(Projected):
     def parts(self, y):
         return y.reshape(5, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
@@ -137,11 +175,43 @@ def test_attention_of_one_layer_is_rewired(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "network", [OtherOrder, ReadElsewhere, KeysReadElsewhere, Gated, ScaledByChannel, ScaledValues, CrossAttention]
+    "network",
+    [
+        OtherOrder,
+        ReadElsewhere,
+        KeysReadElsewhere,
+        Gated,
+        ScaledByChannel,
+        ScaledByValue,
+        ScaledByBatch,
+        ScaledValues,
+        MaskedByQueries,
+        FirstSamples,
+        ChosenSamples,
+        CrossAttention,
+    ],
 )
 def test_other_attention_stays(network, tmp_path):
     (attention,) = attentions(converted(network, tmp_path))
     assert not rewired(attention)
+
+
+def test_attention_in_half_precision_stays(tmp_path):
+    (attention,) = attentions(converted(lambda: Half().half(), tmp_path, tolerance=5e-3))
+    assert not rewired(attention)
+
+
+@pytest.mark.parametrize("network", [SelfAttention, Projected])
+def test_as_many_tokens_as_heads_are_not_confused(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "HEADS", TOKENS)
+    (attention,) = attentions(converted(network, tmp_path))
+    assert attention.input_value(0).get_node().get_type_name() == "Transpose"
+    for size in (1, 2, TOKENS):
+        fixed = ov.Core().read_model(tmp_path / "a.xml")
+        batch = np.random.default_rng(0).standard_normal((size, TOKENS, HEADS * WIDTH)).astype(np.float32)
+        fixed.reshape({0: list(batch.shape)})
+        outputs = [ov.compile_model(m, "CPU", EXACT)([batch])[0] for m in (fixed, tmp_path / "a.xml")]
+        np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
 def test_a_masked_attention_is_computed_right(tmp_path):
@@ -153,7 +223,7 @@ def test_a_network_for_one_size_of_batches_is_converted(tmp_path):
     assert not rewired(attention)
 
 
-def converted(network, folder, sizes=(1, 3)) -> ov.Model:
+def converted(network, folder, sizes=(1, 3, 4), tolerance=1e-5) -> ov.Model:
     """:return: the IR, after its outputs were compared with torch's."""
     torch.manual_seed(0)
     model = network().eval()
@@ -169,8 +239,28 @@ def converted(network, folder, sizes=(1, 3)) -> ov.Model:
         for size in sizes:
             batch = torch.randn(size, TOKENS, HEADS * WIDTH)
             found = compile_exactly(folder / "a.xml")(batch.numpy())[0]
-            np.testing.assert_allclose(found, model(batch).numpy(), atol=1e-5)
+            np.testing.assert_allclose(found, model(batch).numpy(), atol=tolerance)
     return ir
+
+
+@pytest.mark.parametrize("steps", [(6,), (1, 6), (6, 1)], ids=str)
+@pytest.mark.parametrize("bias", [(6,), (1, 6), (1, 6, 1)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_only_steps_and_biases_of_output_channels_are_scaled(steps, bias, transposed):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, 6, 6)).astype(np.float32)
+    factors = np.array([0.5, 0.5, 1, 1, 1, 1], np.float32)
+    weight = ops.multiply(
+        ops.constant(random.random((6, 6), np.float32)), ops.constant(random.random(steps, np.float32))
+    )
+    parameter = ops.parameter([2, 6, 6], np.float32)
+    layer = ops.add(ops.matmul(parameter, weight, False, transposed), ops.constant(random.random(bias, np.float32)))
+    model = ov.Model([layer], [parameter])
+    before = ov.compile_model(model, "CPU", EXACT)([x])[0]
+    by_channel = bias != (1, 6, 1) and steps == ((6, 1) if transposed else steps) and (transposed or steps != (6, 1))
+    assert _scale_layer(layer.output(0), factors) == by_channel
+    after = ov.compile_model(model, "CPU", EXACT)([x])[0]
+    np.testing.assert_allclose(after, before * factors if by_channel else before, rtol=1e-5)
 
 
 class Projections(Attention):

@@ -75,3 +75,10 @@ def test_a_token_repeated_by_values_keeps_the_bias_before_it() -> None:
     lines = output(ROOT / "benchmarks/upstream/lost_bias.py").splitlines()
     found = [line.split(": ")[1] for line in lines if "values" in line]
     assert found == ["channels 1 and 15 are off by 0.00 and 0.00"] * 2
+
+
+def test_a_dynamic_batch_keeps_attention_with_as_many_tokens_as_heads() -> None:
+    others, equal, dynamic = output(ROOT / "benchmarks/upstream/tokens_and_heads.py").splitlines()
+    assert others.endswith(": 0% of the elements are off")
+    assert not equal.endswith(": 0% of the elements are off")
+    assert dynamic.endswith(": 0% of the elements are off")

@@ -7,6 +7,7 @@ transpositions, and scales queries and keys separately. OpenVINO runs most of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 _MOVES = {"Gather", "Multiply", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "VariadicSplit"}
-_BATCH = 2  # of the probe: any number tells the batch from the tokens
+_BATCHES = (3, 5)  # that are tried: what depends on the batch or on its values in another way differs
 _QUERY, _KEY, _VALUE, _SCALE = 0, 1, 2, 4
 _TOLERANCE = 1e-6
 
@@ -24,69 +25,80 @@ def simplify_attention(model: ov.Model) -> None:
     Rewire each self-attention whose queries, keys and values come from one linear layer that nothing else reads:
     the same values in fewer kernels. Others stay as they are.
     """
-    found = _attentions(model)
+    attentions = _attentions(model)
     try:
-        probes = _attentions(_with_known_shapes(model)) if found else {}
-    except RuntimeError:  # the model cannot have batches of this size
+        twins = [_attentions(_with_known_shapes(model, batch)) for batch in _BATCHES] if attentions else []
+    except RuntimeError:  # the model cannot have batches of these sizes
         return
-    for name in found.keys() & probes.keys():
-        _simplify(found[name], probes[name])
+    for name, attention in attentions.items():
+        _simplify(attention, [twin[name] for twin in twins])
 
 
 def _attentions(model: ov.Model) -> dict[str, ov.Node]:
     """:return: by name; with an input for the scale."""
-    nodes = [node for node in model.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == "ScaledDotProductAttention"]
     return {node.get_friendly_name(): node for node in nodes if len(node.inputs()) > _SCALE}
 
 
-def _with_known_shapes(model: ov.Model) -> ov.Model:
+def _with_known_shapes(model: ov.Model, batch: int) -> ov.Model:
     """:return: a copy for one size of batches, in which nothing is computed from shapes."""
     twin = model.clone()
     shapes = {port: port.get_partial_shape() for port in twin.inputs}
-    twin.reshape({port: [_BATCH if d.is_dynamic else d.get_length() for d in shape] for port, shape in shapes.items()})
+    twin.reshape({port: [batch if d.is_dynamic else d.get_length() for d in shape] for port, shape in shapes.items()})
     for node in twin.get_ops():
-        if node.get_type_name() == "ShapeOf":
+        if node.get_type_name() == "ShapeOf" and node.get_input_partial_shape(0).is_static:
             shape = ops.constant(np.array(node.get_input_shape(0)), node.get_element_type())
             for target in node.output(0).get_target_inputs():
                 target.replace_source_output(shape.output(0))
     return twin
 
 
-def _simplify(attention: ov.Node, probed: ov.Node) -> None:
-    """:param probed: ``attention`` in a model with known shapes."""
+def _simplify(attention: ov.Node, twins: Sequence[ov.Node]) -> None:
+    """:param twins: ``attention`` in models with known shapes."""
     source = _source(attention.input_value(_QUERY))
-    shape, sizes = source.get_partial_shape(), list(probed.get_input_shape(_QUERY))
-    if len(shape) != 3 or len(sizes) != 4 or not _alone_reads(attention, source):
+    shape, query = source.get_partial_shape(), attention.input_value(_QUERY).get_partial_shape()
+    ranks = [s.rank.get_length() if s.rank.is_static else None for s in (shape, query)]
+    if ranks != [3, 4] or source.get_element_type() != ov.Type.f32 or not _alone_reads(attention, source):
         return
-    _, heads, tokens, width = sizes
-    axes = [2, 1, 3, 0, 4] if shape[0] == tokens else [2, 0, 3, 1, 4]  # tokens first, or the batch
-    factor = _scale(probed, [3, heads, width], axes)
-    if factor is None:
+    if any(size.is_dynamic for size in list(query)[1:]) or shape[0].is_static == shape[1].is_static:
+        return
+    heads, tokens, width = (size.get_length() for size in list(query)[1:])
+    axes = [2, 1, 3, 0, 4] if shape[0].is_static else [2, 0, 3, 1, 4]  # tokens first, or the batch
+    factors = [_scale(twin, [3, heads, width], axes, seed) for seed, twin in enumerate(twins)]
+    if not np.allclose(factors, factors[0], _TOLERANCE, 0):  # nor if any is not a number
         return
 
-    factors = np.repeat(np.array([factor, 1, 1], np.float32), heads * width)
-    scale = np.array(1 if _scale_layer(source, factors) else factor, np.float32)
+    by_channel = np.repeat(np.array([factors[0], 1, 1], np.float32), heads * width)
+    scale = np.array(1 if _scale_layer(source, by_channel) else factors[0], np.float32)
     split = ops.reshape(source, np.array([0, 0, 3, heads, width]), special_zero=True)
     moved = ops.transpose(split, np.array(axes))
     for port in (_QUERY, _KEY, _VALUE):
-        attention.input(port).replace_source_output(ops.gather(moved, np.array(port), np.array(0)).output(0))
+        if tokens != heads:
+            part = ops.gather(moved, np.array(port), np.array(0))
+        else:  # OpenVINO would confuse the two in models for one size of batches: docs/upstream.md
+            order = [axis if axis < 2 else axis - 1 for axis in axes if axis != 2]
+            part = ops.transpose(ops.gather(split, np.array(port), np.array(2)), np.array(order))
+        attention.input(port).replace_source_output(part.output(0))
     attention.input(_SCALE).replace_source_output(ops.constant(scale).output(0))
 
 
-def _scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int]) -> float | None:
+def _scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int], seed: int) -> float:
     """
     Try whether queries, keys and values are parts of their source, transposed and scaled.
 
     :param attention: in a model that is not needed any more.
     :param split: sizes that the source's last dimension is split into: parts, heads and features.
     :param axes: the order of dimensions behind the transposition.
-    :return: the scale of the products of queries and keys; None if the three are something else.
+    :param seed: of the values that are tried.
+    :return: the scale of the products of queries and keys; not a number if the three are something else.
     """
     source = _source(attention.input_value(_QUERY))
+    if source.get_partial_shape().is_dynamic:  # its shape depends on values
+        return math.nan
     shape = list(source.get_shape())
     if shape[-1] != np.prod(split):
-        return None
-    probe = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        return math.nan
+    probe = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     parameter = ops.parameter(shape, np.float32)
     for target in source.get_target_inputs():
         target.replace_source_output(parameter.output(0))
@@ -94,16 +106,16 @@ def _scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int]) -> flo
     try:
         compiled = ov.compile_model(ov.Model(results, [parameter]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError:  # they depend on something else as well
-        return None
+        return math.nan
     *found, scale = (np.array(value) for value in compiled([probe]).values())
     factors = []
     for value, expected in zip(found, probe.reshape(*shape[:2], *split).transpose(axes), strict=True):
         if value.shape != expected.shape:
-            return None
+            return math.nan
         factors.append(np.median(value / expected))
         if not np.allclose(value, factors[-1] * expected, _TOLERANCE, 0):
-            return None
-    return float(factors[_QUERY] * factors[_KEY] * scale.item()) if factors[_VALUE] == 1 else None
+            return math.nan
+    return float(factors[_QUERY] * factors[_KEY] * scale.item()) if factors[_VALUE] == 1 else math.nan
 
 
 def _source(output: ov.Output) -> ov.Output:
@@ -114,17 +126,18 @@ def _source(output: ov.Output) -> ov.Output:
 
 
 def _alone_reads(attention: ov.Node, source: ov.Output) -> bool:
-    """:return: whether all that is made of ``source`` are the attention's inputs, but for shapes."""
+    """:return: whether ``source`` ends up in the attention's queries, keys and values only, but for shapes."""
     pending, seen = [source], set()
     while pending:
         for target in pending.pop().get_target_inputs():
-            reader = target.get_node()
-            if reader == attention or reader.get_type_name() == "ShapeOf" or reader.get_name() in seen:
+            reader, port = target.get_node(), target.get_index()
+            if reader.get_type_name() == "ShapeOf" or (reader == attention and port in (_QUERY, _KEY, _VALUE)):
                 continue
-            if reader.get_type_name() not in _MOVES:
+            if reader.get_type_name() not in _MOVES or port != 0:
                 return False
-            seen.add(reader.get_name())
-            pending.extend(reader.outputs())
+            if reader.get_name() not in seen:
+                seen.add(reader.get_name())
+                pending.extend(reader.outputs())
     return all(_source(attention.input_value(port)) == source for port in (_QUERY, _KEY, _VALUE))
 
 
@@ -146,8 +159,12 @@ def _scale_layer(output: ov.Output, factors: np.ndarray) -> bool:
     if weight.get_type_name() != "Multiply" or len(weight.output(0).get_target_inputs()) != 1:
         return False
     steps = weight.input_value(1).get_node()
-    if any(node.get_type_name() != "Constant" or node.data.size != factors.size for node in (bias, steps)):
-        return False
+    channels = -2 if product.get_attributes()["transpose_b"] else -1  # their dimension in the weight
+    for node, axis in ((bias, -1), (steps, channels)):
+        if node.get_type_name() != "Constant" or node.data.ndim < -axis or node.data.shape[axis] != node.data.size:
+            return False
+        if node.data.size != factors.size:
+            return False
     for node, constant, port in ((add, bias, order[0]), (weight, steps, 1)):
         scaled = ops.constant(constant.data * factors.reshape(constant.data.shape))
         node.input(port).replace_source_output(scaled.output(0))
