@@ -118,7 +118,42 @@ class ScaledByBatch(Projected):
 
 class FirstSamples(Projected):
     def parts(self, y):
-        return super().parts(y[:3])
+        return super().parts(y[:8])
+
+
+class FourParts(Projected):
+    """One of which nothing reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(HEADS * WIDTH, 4 * HEADS * WIDTH)
+
+    def parts(self, y):
+        return y.reshape(-1, TOKENS, 4, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)[:3]
+
+
+class Flat(Projected):
+    """The layer sees samples and tokens as one dimension."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1))
+
+
+class OneHead(Projected):
+    def parts(self, y):
+        return y.chunk(3, -1)
+
+    def attend(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class LearnedKeys(Projected):
+    def __init__(self):
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(1, HEADS, TOKENS, WIDTH))
+
+    def attend(self, q, k, v):
+        return super().attend(q, self.keys.expand(q.shape[0], -1, -1, -1), v)
 
 
 class ChosenSamples(Written):
@@ -188,6 +223,10 @@ def test_attention_of_one_layer_is_rewired(network, tmp_path):
         MaskedByQueries,
         FirstSamples,
         ChosenSamples,
+        FourParts,
+        Flat,
+        OneHead,
+        LearnedKeys,
         CrossAttention,
     ],
 )
@@ -223,7 +262,7 @@ def test_a_network_for_one_size_of_batches_is_converted(tmp_path):
     assert not rewired(attention)
 
 
-def converted(network, folder, sizes=(1, 3, 4), tolerance=1e-5) -> ov.Model:
+def converted(network, folder, sizes=(1, 4, 9), tolerance=1e-5) -> ov.Model:
     """:return: the IR, after its outputs were compared with torch's."""
     torch.manual_seed(0)
     model = network().eval()
@@ -261,6 +300,32 @@ def test_only_steps_and_biases_of_output_channels_are_scaled(steps, bias, transp
     assert _scale_layer(layer.output(0), factors) == by_channel
     after = ov.compile_model(model, "CPU", EXACT)([x])[0]
     np.testing.assert_allclose(after, before * factors if by_channel else before, rtol=1e-5)
+
+
+def linear(parameter, steps=True):
+    weight = ops.constant(np.ones((6, 6), np.float32))
+    return ops.matmul(parameter, ops.multiply(weight, np.full(6, 2, np.float32)) if steps else weight, False, False)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: [linear(x)],
+        lambda x: [ops.add(x, np.ones(6, np.float32))],
+        lambda x: [ops.add(ops.relu(x), np.ones(6, np.float32))],
+        lambda x: [ops.add(linear(x, steps=False), np.ones(6, np.float32))],
+        lambda x: [ops.add(linear(x), np.ones(1, np.float32))],
+        lambda x: [ops.add(layer := linear(x), np.ones(6, np.float32)), ops.relu(layer)],
+        lambda x: [
+            ops.add(ops.matmul(x, w := linear(x).input_value(1), False, False), np.ones(6, np.float32)),
+            ops.matmul(x, w, False, False),
+        ],
+    ],
+    ids=["no bias", "no layer", "a function", "no steps", "one bias", "read elsewhere", "a shared weight"],
+)
+def test_the_scale_stays_out_of_what_is_no_layer_of_its_own(make):
+    outputs = make(ops.parameter([2, 6], np.float32))
+    assert not _scale_layer(outputs[0].output(0), np.full(6, 2, np.float32))
 
 
 class Projections(Attention):

@@ -2,7 +2,7 @@
 Self-attention in the IR with one transposition, and its scale in the layer that makes queries, keys and values.
 
 ``nn.MultiheadAttention`` turns the output of one linear layer into queries, keys and values by seven reshapes and
-transpositions, and scales queries and keys separately. OpenVINO runs most of these as kernels of their own.
+transpositions, and scales the queries twice. OpenVINO runs most of these as kernels of their own.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def _simplify(attention: ov.Node, twins: Sequence[ov.Node]) -> None:
         return
     if any(size.is_dynamic for size in list(query)[1:]) or shape[0].is_static == shape[1].is_static:
         return
+    if any(attention.get_input_partial_shape(port)[0].get_max_length() >= 0 for port in (_KEY, _VALUE, _QUERY)):
+        return  # the first samples of a batch
     heads, tokens, width = (size.get_length() for size in list(query)[1:])
     axes = [2, 1, 3, 0, 4] if shape[0].is_static else [2, 0, 3, 1, 4]  # tokens first, or the batch
     factors = [_scale(twin, [3, heads, width], axes, seed) for seed, twin in enumerate(twins)]
@@ -107,15 +109,12 @@ def _scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int], seed: 
         compiled = ov.compile_model(ov.Model(results, [parameter]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError:  # they depend on something else as well
         return math.nan
-    *found, scale = (np.array(value) for value in compiled([probe]).values())
-    factors = []
-    for value, expected in zip(found, probe.reshape(*shape[:2], *split).transpose(axes), strict=True):
-        if value.shape != expected.shape:
-            return math.nan
-        factors.append(np.median(value / expected))
-        if not np.allclose(value, factors[-1] * expected, _TOLERANCE, 0):
-            return math.nan
-    return float(factors[_QUERY] * factors[_KEY] * scale.item()) if factors[_VALUE] == 1 else math.nan
+    query, *others, scale = (np.array(value) for value in compiled([probe]).values())
+    expected = probe.reshape(*shape[:2], *split).transpose(axes)
+    if query.shape != expected[0].shape or not np.array_equal(others, expected[1:]):
+        return math.nan
+    factor = np.median(query / expected[0])
+    return float(factor * scale.item()) if np.allclose(query, factor * expected[0], _TOLERANCE, 0) else math.nan
 
 
 def _source(output: ov.Output) -> ov.Output:
@@ -138,7 +137,7 @@ def _alone_reads(attention: ov.Node, source: ov.Output) -> bool:
             if reader.get_name() not in seen:
                 seen.add(reader.get_name())
                 pending.extend(reader.outputs())
-    return all(_source(attention.input_value(port)) == source for port in (_QUERY, _KEY, _VALUE))
+    return True
 
 
 def _scale_layer(output: ov.Output, factors: np.ndarray) -> bool:
