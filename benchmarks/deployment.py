@@ -42,6 +42,7 @@ from nncf_mpq_plugin import deploy
 from nncf_mpq_plugin.adapters import nncf3
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
 from nncf_mpq_plugin.deploy import measurement
+from nncf_mpq_plugin.deploy.measurement import Latency
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, reduce_to_policy
 from nncf_mpq_plugin.floating import FloatConfig, train_float
 from nncf_mpq_plugin.types import LayerBits, Policy, read_json, write_json
@@ -338,18 +339,17 @@ def models_of(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def latency_row(name: str, report: Mapping[str, Any]) -> dict[str, str]:
     models = models_of(report)
-    time = {model: figures["latency"]["median"] for model, figures in models.items()}
-    default = {model: figures["default_latency"] for model, figures in models.items()}
-    naive = time.get(measurement.NAIVE)
-    mixed, int8 = time[measurement.MIXED], time[measurement.INT8]
+    times = {model: Latency(**figures["latency"]) for model, figures in models.items()}
+    default = [Latency(**models[model]["default_latency"]) for model in (measurement.MIXED, measurement.INT8)]
+    naive, mixed = times.get(measurement.NAIVE), times[measurement.MIXED]
     return {
         "network": name,
         "input": "x".join(map(str, report["shape"][1:])),
-        **{f"{model}, ms": f"{value:.2f}" for model, value in time.items()},
-        "mixed / INT8": f"{mixed / int8:.2f}",
-        "the same, default properties": f"{default['mixed']['median'] / default['INT8']['median']:.2f}",
-        "naive / mixed": f"{naive / mixed:.2f}" if naive else "-",
-        "ORT / mixed": f"{time[measurement.ONNX_RUNTIME] / mixed:.2f}",
+        **{f"{model}, ms": f"{time.median:.2f}" for model, time in times.items()},
+        "mixed / INT8": f"{mixed.relative_to(times[measurement.INT8]):.2f}",
+        "the same, default properties": f"{default[0].relative_to(default[1]):.2f}",
+        "naive / mixed": f"{naive.relative_to(mixed):.2f}" if naive else "-",
+        "ORT / mixed": f"{times[measurement.ONNX_RUNTIME].relative_to(mixed):.2f}",
         "8-bit kernels": percent(models[measurement.MIXED]["integer_share"]),
     }
 

@@ -13,7 +13,7 @@ from rich.console import Console  # noqa: E402
 
 from nncf_mpq_plugin import deploy, tables  # noqa: E402
 from nncf_mpq_plugin.deploy.footprint import footprint  # noqa: E402
-from nncf_mpq_plugin.deploy.measurement import FP32, INT8, MIXED, NAIVE, ONNX_RUNTIME, take_turns  # noqa: E402
+from nncf_mpq_plugin.deploy.measurement import FP32, INT8, MIXED, NAIVE, ONNX_RUNTIME, TURNS, Latency, take_turns  # noqa: E402
 from nncf_mpq_plugin.errors import InputError, MPQError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
@@ -81,8 +81,15 @@ def test_models_take_turns():
     order = []
     result = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.001)
     switches = sum(one != other for one, other in itertools.pairwise(order))
-    assert switches >= 10
-    assert set(result) == {"a", "b"}
+    assert switches >= 2 * TURNS - 1
+    assert {name: len(latency.turns) for name, latency in result.items()} == {"a": TURNS, "b": TURNS}
+
+
+def test_a_slow_minute_does_not_change_ratios():
+    one = Latency(1.0, 1.0, 2.0, 4, (1.0, 1.0, 2.0, 2.0))
+    other = Latency(3.0, 1.5, 3.0, 4, (1.5, 3.0, 3.0, 3.0))
+    assert other.relative_to(one) == 1.5
+    assert one.relative_to(one) == 1
 
 
 def test_a_missing_file_is_an_input_error(exported, tmp_path):

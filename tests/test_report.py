@@ -67,13 +67,13 @@ def benchmark() -> dict[str, Any]:
     from nncf_mpq_plugin.deploy.footprint import Footprint
     from nncf_mpq_plugin.deploy.measurement import BenchmarkReport, Latency, ModelFigures
 
-    time = Latency(1.25, 1.0, 1.5, 100)
+    time = Latency(1.25, 1.0, 1.5, 100, (1.25,))
     models = [
         ModelFigures(
             name,
             2000,
             1000,
-            Latency(1.25 * factor, factor, 1.5 * factor, 100),
+            Latency(1.25 * factor, factor, 1.5 * factor, 100, (1.25 * factor,)),
             time,
             Footprint(0.1, 10**7, 10**7),
             0.5,

@@ -38,17 +38,26 @@ from nncf_mpq_plugin.errors import InputError
 
 FP32, INT8, NAIVE, MIXED, ONNX_RUNTIME = "FP32", "INT8", "naive", "mixed", "mixed (ORT)"
 WEIGHTED_TYPES = ("Convolution", "FullyConnected")
-SLICES = 10
+TURNS = 30
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one inference: median and quartiles over ``runs`` inferences."""
+    """
+    Milliseconds of one inference: median and quartiles over ``runs`` inferences.
+
+    :param turns: the median of each turn, as many of all models that took turns.
+    """
 
     median: float
     low: float
     high: float
     runs: int
+    turns: tuple[float, ...]
+
+    def relative_to(self, other: Latency) -> float:
+        """:return: median of the ratios in each turn, which a machine's slow and fast minutes do not change."""
+        return float(np.median(np.divide(self.turns, other.turns)))
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,8 @@ class BenchmarkReport:
 
     def to_json(self) -> dict[str, Any]:
         """:return: a JSON-serialisable object; ``relative_latency`` is that of INT8 = 1."""
-        reference = self.model(INT8).latency.median
-        models = [{**asdict(model), "relative_latency": model.latency.median / reference} for model in self.models]
+        reference = self.model(INT8).latency
+        models = [{**asdict(m), "relative_latency": m.latency.relative_to(reference)} for m in self.models]
         return {"schema_version": 1, **asdict(self), "models": models}
 
 
@@ -233,21 +242,24 @@ def take_turns(runners: Mapping[str, Callable[[], Any]], seconds: float) -> dict
     :param runners: name -> a function without arguments, which is one inference.
     :param seconds: measuring time of each.
     """
-    times: dict[str, list[float]] = {name: [] for name in runners}
+    times: dict[str, list[list[float]]] = {name: [] for name in runners}
     for run in runners.values():
         run()
-    for _ in range(SLICES):
+    for _ in range(TURNS):
         for name, run in runners.items():
             run()  # takes the caches back from the model before
-            end = time.perf_counter() + seconds / SLICES
-            while not times[name] or time.perf_counter() < end:
+            turn: list[float] = []
+            end = time.perf_counter() + seconds / TURNS
+            while not turn or time.perf_counter() < end:
                 begin = time.perf_counter()
                 run()
-                times[name].append(time.perf_counter() - begin)
+                turn.append(1000 * (time.perf_counter() - begin))
+            times[name].append(turn)
     result = {}
-    for name, values in times.items():
-        low, middle, high = 1000 * np.percentile(values, (25, 50, 75))
-        result[name] = Latency(float(middle), float(low), float(high), len(values))
+    for name, turns in times.items():
+        values = np.concatenate(turns)
+        low, middle, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
+        result[name] = Latency(middle, low, high, len(values), tuple(float(np.median(turn)) for turn in turns))
     return result
 
 
