@@ -3,8 +3,8 @@ Does the deployed model compute what was trained, at INT8 speed, in as few bytes
 
 Each network is trained shortly on a small task (ten patterns under noise, 64x64), gets a random policy over
 {2, 3, 4, 5, 6, 8} bits ("A8": of weights, activations at 8 bits; "W4": weights at 4 bits, activations in floating
-point), is fine-tuned at these bits and exported. Four steps, each of which leaves ``STEP.json`` in the
-network's folder under ``--output`` and is left out where that exists:
+point), is fine-tuned at these bits and exported. Four steps, each of which leaves ``STEP.json`` in the network's folder
+under ``--output`` and is left out where that exists:
 
 * ``train``;
 * ``contract``: agreement with torch of the IR and of the ONNX file in OpenVINO and in ONNX Runtime, with the machine's
@@ -42,7 +42,6 @@ from nncf_mpq_plugin import deploy
 from nncf_mpq_plugin.adapters import nncf3
 from nncf_mpq_plugin.checkpoint import load_state, model_tensors, restore_tensors, save_state
 from nncf_mpq_plugin.deploy import measurement
-from nncf_mpq_plugin.deploy.measurement import Latency
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune, reduce_to_policy
 from nncf_mpq_plugin.floating import FloatConfig, train_float
 from nncf_mpq_plugin.types import LayerBits, Policy, read_json, write_json
@@ -339,14 +338,14 @@ def models_of(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def latency_row(name: str, report: Mapping[str, Any]) -> dict[str, str]:
     models = models_of(report)
-    times = {model: Latency(**figures["latency"]) for model, figures in models.items()}
-    default = [Latency(**models[model]["default_latency"]) for model in (measurement.MIXED, measurement.INT8)]
-    naive, mixed = times.get(measurement.NAIVE), times[measurement.MIXED]
+    times = {model: measurement.Latency(**figures["latency"]) for model, figures in models.items()}
+    naive, mixed, int8 = times.get(measurement.NAIVE), times[measurement.MIXED], times[measurement.INT8]
+    default = [measurement.Latency(**models[m]["default_latency"]) for m in (measurement.MIXED, measurement.INT8)]
     return {
         "network": name,
         "input": "x".join(map(str, report["shape"][1:])),
         **{f"{model}, ms": f"{time.median:.2f}" for model, time in times.items()},
-        "mixed / INT8": f"{mixed.relative_to(times[measurement.INT8]):.2f}",
+        "mixed / INT8": f"{mixed.relative_to(int8):.2f}",
         "the same, default properties": f"{default[0].relative_to(default[1]):.2f}",
         "naive / mixed": f"{naive.relative_to(mixed):.2f}" if naive else "-",
         "ORT / mixed": f"{times[measurement.ONNX_RUNTIME].relative_to(mixed):.2f}",

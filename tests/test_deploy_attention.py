@@ -296,7 +296,7 @@ def test_only_steps_and_biases_of_output_channels_are_scaled(steps, bias, transp
     layer = ops.add(ops.matmul(parameter, weight, False, transposed), ops.constant(random.random(bias, np.float32)))
     model = ov.Model([layer], [parameter])
     before = ov.compile_model(model, "CPU", EXACT)([x])[0]
-    by_channel = bias != (1, 6, 1) and steps == ((6, 1) if transposed else steps) and (transposed or steps != (6, 1))
+    by_channel = bias != (1, 6, 1) and (steps == (6, 1)) == transposed
     assert _scale_layer(layer.output(0), factors) == by_channel
     after = ov.compile_model(model, "CPU", EXACT)([x])[0]
     np.testing.assert_allclose(after, before * factors if by_channel else before, rtol=1e-5)
@@ -329,7 +329,7 @@ def test_the_scale_stays_out_of_what_is_no_layer_of_its_own(make):
 
 
 class Projections(Attention):
-    """With a bias of its first layer, and weights on which every part of the layer's outputs depends."""
+    """With a bias of the layer that makes queries, keys and values."""
 
     def __init__(self):
         super().__init__()

@@ -66,25 +66,25 @@ def _simplify(attention: ov.Node, twins: Sequence[ov.Node]) -> None:
         return  # the first samples of a batch
     heads, tokens, width = (size.get_length() for size in list(query)[1:])
     axes = [2, 1, 3, 0, 4] if shape[0].is_static else [2, 0, 3, 1, 4]  # tokens first, or the batch
-    factors = [_scale(twin, [3, heads, width], axes, seed) for seed, twin in enumerate(twins)]
+    factors = [_probed_scale(twin, [3, heads, width], axes, seed) for seed, twin in enumerate(twins)]
     if not np.allclose(factors, factors[0], _TOLERANCE, 0):  # nor if any is not a number
         return
 
     by_channel = np.repeat(np.array([factors[0], 1, 1], np.float32), heads * width)
     scale = np.array(1 if _scale_layer(source, by_channel) else factors[0], np.float32)
     split = ops.reshape(source, np.array([0, 0, 3, heads, width]), special_zero=True)
-    moved = ops.transpose(split, np.array(axes))
-    for port in (_QUERY, _KEY, _VALUE):
-        if tokens != heads:
-            part = ops.gather(moved, np.array(port), np.array(0))
-        else:  # OpenVINO would confuse the two in models for one size of batches: docs/upstream.md
-            order = [axis if axis < 2 else axis - 1 for axis in axes if axis != 2]
-            part = ops.transpose(ops.gather(split, np.array(port), np.array(2)), np.array(order))
+    if tokens != heads:
+        moved = ops.transpose(split, np.array(axes))
+        parts = [ops.gather(moved, np.array(part), np.array(0)) for part in range(3)]
+    else:  # OpenVINO would confuse the two in models for one size of batches: docs/upstream.md
+        order = [axis if axis < 2 else axis - 1 for axis in axes if axis != 2]
+        parts = [ops.transpose(ops.gather(split, np.array(part), np.array(2)), np.array(order)) for part in range(3)]
+    for port, part in zip((_QUERY, _KEY, _VALUE), parts, strict=True):
         attention.input(port).replace_source_output(part.output(0))
     attention.input(_SCALE).replace_source_output(ops.constant(scale).output(0))
 
 
-def _scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int], seed: int) -> float:
+def _probed_scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int], seed: int) -> float:
     """
     Try whether queries, keys and values are parts of their source, transposed and scaled.
 
@@ -160,9 +160,9 @@ def _scale_layer(output: ov.Output, factors: np.ndarray) -> bool:
     steps = weight.input_value(1).get_node()
     channels = -2 if product.get_attributes()["transpose_b"] else -1  # their dimension in the weight
     for node, axis in ((bias, -1), (steps, channels)):
-        if node.get_type_name() != "Constant" or node.data.ndim < -axis or node.data.shape[axis] != node.data.size:
+        if node.get_type_name() != "Constant" or node.data.size != factors.size:
             return False
-        if node.data.size != factors.size:
+        if node.data.ndim < -axis or node.data.shape[axis] != factors.size:
             return False
     for node, constant, port in ((add, bias, order[0]), (weight, steps, 1)):
         scaled = ops.constant(constant.data * factors.reshape(constant.data.shape))
