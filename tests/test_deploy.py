@@ -11,6 +11,7 @@ import openvino as ov
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from openvino import opset13 as ops
 
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
@@ -61,6 +62,7 @@ def test_all_runtimes_agree_with_torch(exported):
     assert report.ok, report.to_json()
     assert {runtime.name for runtime in report.runtimes if runtime.required} == {
         "OpenVINO IR",
+        "OpenVINO IR, batch of 1",
         "OpenVINO ONNX",
         "ONNX Runtime",
     }
@@ -341,6 +343,31 @@ def test_batch_size_is_free(exported):
     assert compiled({0: np.zeros((3, 3, 16, 16), np.float32)})[0].shape == (3, 10)
 
 
+@pytest.mark.parametrize("file", ["model.xml", "model.onnx"])
+def test_batch_size_can_be_fixed(exported, file):
+    (data,) = batches(1)
+    free, fixed = (compile_exactly(exported[2] / file, batch_size=size) for size in (None, 1))
+    assert fixed.input(0).shape == ov.Shape([1, 3, 16, 16])
+    found = np.concatenate([fixed(sample[None])[0] for sample in data.numpy()])
+    np.testing.assert_allclose(found, free(data.numpy())[0], atol=1e-5)
+    with pytest.raises(RuntimeError):
+        fixed(data.numpy())
+    with pytest.raises(InputError, match="batch_size is 0; it takes a number from 1 up"):
+        compile_exactly(exported[2] / file, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "problem"),
+    [(3, "192 numbers for 64 samples, the model 640. Is the file another"), (2, "cannot use it")],
+    ids=["output", "input"],
+)
+def test_a_file_of_another_network_is_refused(exported, tmp_path, channels, problem):
+    data = ops.parameter([-1, channels, 16, 16], np.float32)
+    ov.save_model(ov.Model([ops.reduce_mean(data, np.array([2, 3]))], [data]), tmp_path / "model.xml")
+    with pytest.raises(InputError, match=problem):
+        deploy.verify(exported[1], tmp_path / "model.xml", batches())
+
+
 def damaged(folder, target, layer):
     """Copy the export and negate a layer's weights in the ONNX file."""
     for name in ("model.xml", "model.bin", "model.onnx"):
@@ -394,8 +421,7 @@ def test_a_divergence_of_an_openvino_ir_is_found(exported, tmp_path):
     damaged(folder, tmp_path, layer)
     save_ir(to_openvino(tmp_path / "model.onnx"), tmp_path / "model.xml")
     report = deploy.verify(frozen, tmp_path / "model.xml", batches())
-    (runtime,) = [r for r in report.runtimes if r.required]
-    assert layer in runtime.divergence.layers
+    assert [layer in r.divergence.layers for r in report.runtimes if r.required] == [True, True]
     json.dumps(report.to_json(), allow_nan=False)
 
 

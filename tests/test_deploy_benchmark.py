@@ -13,7 +13,17 @@ from rich.console import Console  # noqa: E402
 
 from nncf_mpq_plugin import deploy, tables  # noqa: E402
 from nncf_mpq_plugin.deploy.footprint import footprint  # noqa: E402
-from nncf_mpq_plugin.deploy.measurement import FP32, INT8, MIXED, NAIVE, ONNX_RUNTIME, TURNS, Latency, take_turns  # noqa: E402
+from nncf_mpq_plugin.deploy.measurement import (  # noqa: E402
+    ANY_BATCH,
+    FP32,
+    INT8,
+    MIXED,
+    NAIVE,
+    ONNX_RUNTIME,
+    TURNS,
+    Latency,
+    take_turns,
+)
 from nncf_mpq_plugin.errors import InputError, MPQError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
@@ -38,7 +48,7 @@ def report(exported):
 
 
 def test_all_models_are_measured(report):
-    assert [model.name for model in report.models] == [FP32, INT8, NAIVE, MIXED, ONNX_RUNTIME]
+    assert [model.name for model in report.models] == [FP32, INT8, NAIVE, MIXED, ANY_BATCH, ONNX_RUNTIME]
     assert not report.left_out
     for model in report.models:
         assert 0 < model.latency.low <= model.latency.median <= model.latency.high
@@ -74,7 +84,7 @@ def test_json_and_tables_hold_the_figures(report):
         console.quiet = False
         console.print(tables.benchmark_table(value), tables.kernel_table(value))
     text = captured.get()
-    assert all(name in text for name in (FP32, NAIVE, ONNX_RUNTIME, "block2.shortcut", "2 / 4"))
+    assert all(name in text for name in (FP32, NAIVE, ANY_BATCH, ONNX_RUNTIME, "block2.shortcut", "2 / 4"))
 
 
 def test_models_take_turns():

@@ -72,7 +72,8 @@ def test_benchmark_prints_and_writes_what_it_measured(finished: Path, capsys: py
     assert code == 0
     report = json.loads(out)
     assert report == read_json(finished / "benchmark.json")
-    assert [model["name"] for model in report["models"]] == ["FP32", "INT8", "naive", "mixed", "mixed (ORT)"]
+    names = ["FP32", "INT8", "naive", "mixed", "mixed (any batch)", "mixed (ORT)"]
+    assert [model["name"] for model in report["models"]] == names
     assert report["models"][3]["integer_share"] == 1
 
 

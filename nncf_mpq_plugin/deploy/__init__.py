@@ -93,14 +93,15 @@ def measure_latency(
     return run(floating, calibration, layers, seconds=seconds, threads=threads)
 
 
-def compile(path: str | Path, **properties: Any) -> Any:
+def compile(path: str | Path, batch_size: int | None = None, **properties: Any) -> Any:
     """
     Compile an exported model for the CPU with the properties that keep its results exact.
 
     :param path: ``.xml`` or ``.onnx``.
+    :param batch_size: samples in a batch, if it is always the same, which OpenVINO has faster kernels for; None: any.
     :param properties: further OpenVINO properties, e.g. ``INFERENCE_NUM_THREADS=2``.
     :return: ``openvino.CompiledModel``.
     """
     from nncf_mpq_plugin.deploy.openvino import compile_exactly
 
-    return compile_exactly(path, **properties)
+    return compile_exactly(path, batch_size, **properties)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nncf_mpq_plugin.costs import FLOAT_BITS, INT8, LatencyTable
 from nncf_mpq_plugin.deploy.measurement import WEIGHTED_TYPES, floating_and_int8, layer_of, take_turns
-from nncf_mpq_plugin.deploy.openvino import EXACT, kernels
+from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.types import SUPPORTED_BITS
 
@@ -48,9 +48,8 @@ def measure_latency(
     with tempfile.TemporaryDirectory() as folder:
         profilers = {}
         for name, path in floating_and_int8(floating, calibration, Path(folder)).items():
-            model = core.read_model(path)
-            model.reshape({0: list(sample.shape)})
-            profilers[name] = _Profiler(core.compile_model(model, "CPU", options), sample, layers)
+            compiled = core.compile_model(read_model(core, path, 1), "CPU", options)
+            profilers[name] = _Profiler(compiled, sample, layers)
         take_turns({name: profiler.run for name, profiler in profilers.items()}, seconds)
         float_times, int8_times = (profiler.nanoseconds() for profiler in profilers.values())
     pairs = [(FLOAT_BITS, bits) for bits in SUPPORTED_BITS] + [(bits, FLOAT_BITS) for bits in SUPPORTED_BITS]

@@ -33,10 +33,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nncf_mpq_plugin.adapters.nncf3 import quantize_to_int8
 from nncf_mpq_plugin.deploy.footprint import Footprint, footprint
-from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, save_ir
+from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model, save_ir
 from nncf_mpq_plugin.errors import InputError
 
-FP32, INT8, NAIVE, MIXED, ONNX_RUNTIME = "FP32", "INT8", "naive", "mixed", "mixed (ORT)"
+FP32, INT8, NAIVE, MIXED = "FP32", "INT8", "naive", "mixed"
+ANY_BATCH, ONNX_RUNTIME = "mixed (any batch)", "mixed (ORT)"
 WEIGHTED_TYPES = ("Convolution", "FullyConnected")
 TURNS = 30
 
@@ -65,14 +66,16 @@ class ModelFigures:
     """
     What one model costs.
 
-    :param name: one of this module's constants.
+    :param name: one of this module's constants. ``ANY_BATCH`` is compiled for batches of any size, as files come.
     :param file_bytes: of all its files.
     :param weight_bytes: of the file that holds the weights.
     :param latency: with ``INFERENCE_PRECISION_HINT=f32``.
-    :param default_latency: with the runtime's default properties (bf16 on new CPUs); None for ONNX Runtime.
-    :param footprint: load time and memory; None for ONNX Runtime.
-    :param integer_share: share of convolutions and linear layers in 8-bit integer kernels; None for ONNX Runtime.
-    :param kernels: layer -> precision and kernel, as OpenVINO's runtime model reports them; empty for ONNX Runtime.
+    :param default_latency: with the runtime's default properties (bf16 on new CPUs).
+    :param footprint: load time and memory.
+    :param integer_share: share of convolutions and linear layers in 8-bit integer kernels.
+    :param kernels: layer -> precision and kernel, as OpenVINO's runtime model reports them.
+
+    The last four are None, and ``kernels`` empty, where they are not measured: for ``ANY_BATCH`` and ONNX Runtime.
     """
 
     name: str
@@ -95,7 +98,7 @@ class BenchmarkReport:
     :param threads: number of threads of each inference.
     :param shape: of the input.
     :param bits: layer -> weight and activation bits of the mixed model.
-    :param models: in the order FP32, INT8, naive, mixed, ONNX Runtime; a model that cannot be made is left out.
+    :param models: in the order FP32, INT8, naive, mixed, any batch, ONNX Runtime; what cannot be made is left out.
     :param left_out: name -> why.
     """
 
@@ -189,11 +192,16 @@ def measure(
     files = {**baselines, MIXED: mixed}
     core = ov.Core()
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    exact = {name: _compile(core, path, sample, {**options, **EXACT}) for name, path in files.items()}
-    default = {name: _compile(core, path, sample, options) for name, path in files.items()}
-    runners = {name: _openvino_runner(compiled, sample) for name, compiled in exact.items()}
+
+    def compiled(path: Path, batch_size: int | None, properties: Mapping[str, Any]) -> ov.CompiledModel:
+        return core.compile_model(read_model(core, path, batch_size), "CPU", {**options, **properties})
+
+    exact = {name: compiled(path, 1, EXACT) for name, path in files.items()}
+    default = {name: compiled(path, 1, {}) for name, path in files.items()}
+    runners = {name: _openvino_runner(model, sample) for name, model in exact.items()}
+    runners[ANY_BATCH] = _openvino_runner(compiled(mixed, None, EXACT), sample)
     runners[ONNX_RUNTIME] = _onnxruntime_runner(onnx, sample, threads)
-    default_runners = {f"{name}/default": _openvino_runner(compiled, sample) for name, compiled in default.items()}
+    default_runners = {f"{name}/default": _openvino_runner(model, sample) for name, model in default.items()}
     latencies = take_turns({**runners, **default_runners}, seconds)
     models = [
         ModelFigures(
@@ -208,6 +216,8 @@ def measure(
         )
         for name, path in files.items()
     ]
+    *_, ir = models
+    models.append(ModelFigures(ANY_BATCH, ir.file_bytes, ir.weight_bytes, latencies[ANY_BATCH], None, None, None, {}))
     size = onnx.stat().st_size
     models.append(ModelFigures(ONNX_RUNTIME, size, size, latencies[ONNX_RUNTIME], None, None, None, {}))
     cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
@@ -319,12 +329,6 @@ def _convert(model: nn.Module, sample: Tensor) -> ov.Model:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's tracer itself
         return ov.convert_model(copy.deepcopy(model).cpu().eval(), example_input=sample, input=[-1, *sample.shape[1:]])
-
-
-def _compile(core: ov.Core, path: Path, sample: Tensor, properties: Mapping[str, Any]) -> ov.CompiledModel:
-    model = core.read_model(path)
-    model.reshape({0: list(sample.shape)})
-    return core.compile_model(model, "CPU", dict(properties))
 
 
 def _openvino_runner(compiled: ov.CompiledModel, sample: Tensor) -> Callable[[], Any]:

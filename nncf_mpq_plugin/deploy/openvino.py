@@ -74,22 +74,38 @@ def save_ir(model: ov.Model, path: str | Path) -> None:
         ov.save_model(model, str(temporary), compress_to_fp16=False)
 
 
-def compile_exactly(path: str | Path, **properties: Any) -> ov.CompiledModel:
+def compile_exactly(path: str | Path, batch_size: int | None = None, **properties: Any) -> ov.CompiledModel:
     """
     Compile an exported model for the CPU with the properties that keep its results exact.
 
     :param path: ``.xml`` or ``.onnx``.
+    :param batch_size: samples in a batch, if it is always the same, which OpenVINO has faster kernels for; None: any.
     :param properties: further properties, e.g. ``INFERENCE_NUM_THREADS=2``.
-    :raises InputError: if the file is missing or cannot be read.
+    :raises InputError: if the file is missing or cannot be read, or for a batch size below 1.
     """
+    if batch_size is not None and batch_size < 1:
+        msg = f"batch_size is {batch_size}; it takes a number from 1 up, or None for batches of any size."
+        raise InputError(msg)
     if not Path(path).is_file():
         msg = f"{path}: no such file. Run the export first."
         raise InputError(msg)
     try:
-        return ov.Core().compile_model(str(path), "CPU", {**EXACT, **properties})
+        core = ov.Core()
+        return core.compile_model(read_model(core, path, batch_size), "CPU", {**EXACT, **properties})
     except RuntimeError as error:
         msg = f"{path}: OpenVINO cannot compile it ({error})."
         raise InputError(msg) from error
+
+
+def read_model(core: ov.Core, path: str | Path, batch_size: int | None) -> ov.Model:
+    """
+    :param batch_size: to fix; None leaves it free.
+    :raises RuntimeError: OpenVINO's own, for what it cannot read.
+    """
+    model = core.read_model(str(path))
+    if batch_size is not None:
+        model.reshape({port: [batch_size, *list(port.partial_shape)[1:]] for port in model.inputs})
+    return model
 
 
 def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import openvino as ov
 
-from nncf_mpq_plugin.deploy.openvino import EXACT
+from nncf_mpq_plugin.deploy.openvino import EXACT, read_model
 from nncf_mpq_plugin.errors import InputError
 
 OUTPUT = "output"
@@ -22,13 +22,18 @@ _CONSTANT = re.compile(r'offset="(\d{1,18})" size="(\d{1,18})"')
 
 
 def run_openvino(
-    path: str | Path, inputs: np.ndarray, taps: Sequence[str] = (), properties: Mapping[str, Any] = EXACT
+    path: str | Path,
+    inputs: np.ndarray,
+    taps: Sequence[str] = (),
+    properties: Mapping[str, Any] = EXACT,
+    batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """
     :param path: ``.xml`` or ``.onnx``.
     :param inputs: ``[N, ...]`` float32.
     :param taps: names of tensors to return as well; those that the file does not have are left out.
     :param properties: compile-time properties.
+    :param batch_size: to compile the model for, a divisor of N; None leaves it free.
     :return: ``OUTPUT`` and taps -> ``[N, ...]``.
     :raises InputError: if the file is missing, or cannot be read or compiled.
     """
@@ -36,21 +41,21 @@ def run_openvino(
     _check_weights(Path(path))
     core = ov.Core()
     try:
-        model = core.read_model(str(path))
+        model = read_model(core, path, batch_size)
         present = {name for op in model.get_ops() for port in op.outputs() for name in port.get_names()}
         taps = [name for name in taps if name in present]
         if taps:
             model.add_outputs(taps)
         compiled = core.compile_model(model, "CPU", dict(properties))
+        ports = {OUTPUT: compiled.output(0), **{name: compiled.output(name) for name in taps}}
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in ports}
+        for batch in _batches(inputs, batch_size or BATCH):
+            results = compiled({0: batch})
+            for name, port in ports.items():
+                parts[name].append(np.array(results[port]))
     except RuntimeError as error:
         msg = f"{path}: OpenVINO cannot use it ({str(error)[:500]}). Export the model again."
         raise InputError(msg) from error
-    ports = {OUTPUT: compiled.output(0), **{name: compiled.output(name) for name in taps}}
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ports}
-    for batch in _batches(inputs):
-        results = compiled({0: batch})
-        for name, port in ports.items():
-            parts[name].append(np.array(results[port]))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
@@ -65,17 +70,17 @@ def run_onnxruntime(path: str | Path, inputs: np.ndarray, taps: Sequence[str] = 
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in taps
         )
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        names = [session.get_outputs()[0].name, *taps]
+        feed = session.get_inputs()[0].name
+        results = [session.run(names, {feed: batch}) for batch in _batches(inputs, BATCH)]
     except Exception as error:
         msg = f"{path}: ONNX Runtime cannot use it ({str(error)[:500]}). Export the model again."
         raise InputError(msg) from error
-    names = [session.get_outputs()[0].name, *taps]
-    feed = session.get_inputs()[0].name
-    results = [session.run(names, {feed: batch}) for batch in _batches(inputs)]
     return {name: np.concatenate([result[index] for result in results]) for index, name in enumerate([OUTPUT, *taps])}
 
 
-def _batches(inputs: np.ndarray) -> list[np.ndarray]:
-    return np.split(inputs, range(BATCH, len(inputs), BATCH))
+def _batches(inputs: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(inputs, range(size, len(inputs), size))
 
 
 def _check_weights(path: Path) -> None:
