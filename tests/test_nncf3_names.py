@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 ADAPTERS = Path(__file__).parent.parent / "nncf_mpq_plugin" / "adapters"
-SOURCE = ADAPTERS / "nncf3.py"
-TREE = ast.parse(SOURCE.read_text(encoding="utf-8"))
+SOURCES = sorted(ADAPTERS.glob("nncf3*.py"))
+TREE = ast.parse((ADAPTERS / "nncf3.py").read_text(encoding="utf-8"))
 
 if importlib.metadata.version("nncf").startswith("2."):
     pytest.skip("needs NNCF 3", allow_module_level=True)
@@ -55,8 +55,7 @@ def test_nncf_has_the_name(name: str) -> None:
 def used() -> set[str]:
     """:return: what the adapter imports from NNCF, and what it reaches by ``nncf.``, with full names."""
     found = set()
-    passes = ast.parse((ADAPTERS / "nncf3_passes.py").read_text(encoding="utf-8"))
-    for node in (*ast.walk(TREE), *ast.walk(passes)):
+    for node in (node for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nncf."):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute):
@@ -74,7 +73,7 @@ def test_the_lists_are_complete() -> None:
 
 def test_no_name_is_listed_that_is_not_used() -> None:
     """The last part of each name occurs in the code of the adapter or of deploy/, the lists themselves left out."""
-    paths = [SOURCE, ADAPTERS / "nncf3_passes.py", ADAPTERS / "base.py", *(ADAPTERS.parent / "deploy").glob("*.py")]
+    paths = [*SOURCES, ADAPTERS / "base.py", *(ADAPTERS.parent / "deploy").glob("*.py")]
     names = {
         getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "name", None)
         for path in paths
