@@ -22,9 +22,10 @@ from torchvision.models import VisionTransformer  # noqa: E402
 from nncf_mpq_plugin import deploy  # noqa: E402
 from nncf_mpq_plugin.adapters.base import native_quantizers  # noqa: E402
 from nncf_mpq_plugin.adapters.ties import short  # noqa: E402
+from nncf_mpq_plugin.deploy import runtimes  # noqa: E402
 from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
 from nncf_mpq_plugin.deploy.onnx import count_operators, to_standard_operators  # noqa: E402
-from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels, save_ir, to_openvino  # noqa: E402
+from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels, read_model, save_ir, to_openvino  # noqa: E402
 from nncf_mpq_plugin.deploy.runtimes import run_openvino  # noqa: E402
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError, VerificationError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
@@ -366,6 +367,50 @@ def test_a_file_of_another_network_is_refused(exported, tmp_path, channels, prob
     ov.save_model(ov.Model([ops.reduce_mean(data, np.array([2, 3]))], [data]), tmp_path / "model.xml")
     with pytest.raises(InputError, match=problem):
         deploy.verify(exported[1], tmp_path / "model.xml", batches())
+
+
+def test_the_ir_is_verified_free_and_for_one_sample(exported, monkeypatch):
+    sizes = []
+
+    def spy(core, path, batch_size):
+        sizes.append(batch_size)
+        return read_model(core, path, batch_size)
+
+    monkeypatch.setattr(runtimes, "read_model", spy)
+    deploy.verify(exported[1], exported[2] / "model.xml", batches())
+    assert sizes[:2] == [None, 1]  # then, unless the CPU is limited, with default properties
+
+
+def test_a_file_with_a_batch_size_of_its_own_is_verified_at_it(exported, tmp_path):
+    model = ov.Core().read_model(exported[2] / "model.xml")
+    model.reshape([16, 3, 16, 16])
+    ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    report = deploy.verify(exported[1], tmp_path / "model.xml", batches())
+    assert report.ok, report.to_json()
+
+
+class SequenceFirst(torch.nn.Module):
+    """Its tensors have the batch second."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.fc = torch.nn.Linear(16, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.second(self.first(x.transpose(0, 1)).relu()).relu()
+        return self.fc(x.mean(0))
+
+
+def test_a_divergence_is_found_where_the_batch_is_not_first(tmp_path):
+    torch.manual_seed(0)
+    data = [torch.randn(32, 8, 16) for _ in range(2)]
+    quantized = nncf3.place(SequenceFirst().eval(), data[0], data, bits=(2, 4))
+    frozen = nncf3.freeze(quantized)
+    deploy.export(frozen, data[0], tmp_path)
+    negate_weights(tmp_path / "model.onnx", tmp_path / "model.onnx", "fc")
+    save_ir(to_openvino(tmp_path / "model.onnx"), tmp_path / "model.xml")
+    report = deploy.verify(frozen, tmp_path / "model.xml", data)
+    assert [r.divergence.layers for r in report.runtimes if r.required] == [("fc",)] * 2
 
 
 def damaged(folder, target, layer):

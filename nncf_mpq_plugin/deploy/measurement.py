@@ -75,7 +75,7 @@ class ModelFigures:
     :param integer_share: share of convolutions and linear layers in 8-bit integer kernels.
     :param kernels: layer -> precision and kernel, as OpenVINO's runtime model reports them.
 
-    The last four are None, and ``kernels`` empty, where they are not measured: for ``ANY_BATCH`` and ONNX Runtime.
+    Of ``ANY_BATCH`` and ONNX Runtime only the latency is measured: what follows it is None, and ``kernels`` is empty.
     """
 
     name: str

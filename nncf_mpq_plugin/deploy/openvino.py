@@ -80,6 +80,7 @@ def compile_exactly(path: str | Path, batch_size: int | None = None, **propertie
 
     :param path: ``.xml`` or ``.onnx``.
     :param batch_size: samples in a batch, if it is always the same, which OpenVINO has faster kernels for; None: any.
+        A file that has a size of its own keeps it.
     :param properties: further properties, e.g. ``INFERENCE_NUM_THREADS=2``.
     :raises InputError: if the file is missing or cannot be read, or for a batch size below 1.
     """
@@ -99,12 +100,13 @@ def compile_exactly(path: str | Path, batch_size: int | None = None, **propertie
 
 def read_model(core: ov.Core, path: str | Path, batch_size: int | None) -> ov.Model:
     """
-    :param batch_size: to fix; None leaves it free.
+    :param batch_size: to fix, where the file leaves it free; None leaves it free.
     :raises RuntimeError: OpenVINO's own, for what it cannot read.
     """
     model = core.read_model(str(path))
-    if batch_size is not None:
-        model.reshape({port: [batch_size, *list(port.partial_shape)[1:]] for port in model.inputs})
+    free = [port for port in model.inputs if port.partial_shape[0].is_dynamic]
+    if batch_size is not None and free:
+        model.reshape({port: [batch_size, *list(port.partial_shape)[1:]] for port in free})
     return model
 
 

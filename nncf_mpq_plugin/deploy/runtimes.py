@@ -33,9 +33,10 @@ def run_openvino(
     :param inputs: ``[N, ...]`` float32.
     :param taps: names of tensors to return as well; those that the file does not have are left out.
     :param properties: compile-time properties.
-    :param batch_size: to compile the model for, a divisor of N; None leaves it free.
+    :param batch_size: to compile the model for, a divisor of N; None leaves it free. A file that has a size of its own
+        keeps it.
     :return: ``OUTPUT`` and taps -> ``[N, ...]``.
-    :raises InputError: if the file is missing, or cannot be read or compiled.
+    :raises InputError: if the file is missing, or cannot be read, compiled or run on these inputs.
     """
     _check(path)
     _check_weights(Path(path))
@@ -49,12 +50,16 @@ def run_openvino(
         compiled = core.compile_model(model, "CPU", dict(properties))
         ports = {OUTPUT: compiled.output(0), **{name: compiled.output(name) for name in taps}}
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ports}
-        for batch in _batches(inputs, batch_size or BATCH):
+        size = compiled.input(0).partial_shape[0]
+        for batch in _batches(inputs, BATCH if size.is_dynamic else size.get_length()):
             results = compiled({0: batch})
             for name, port in ports.items():
-                parts[name].append(np.array(results[port]))
+                parts[name].append(np.atleast_1d(results[port]))
     except RuntimeError as error:
-        msg = f"{path}: OpenVINO cannot use it ({str(error)[:500]}). Export the model again."
+        msg = (
+            f"{path}: OpenVINO cannot use it ({str(error)[:500]}). Check that it is this network's file, or export the "
+            "model again."
+        )
         raise InputError(msg) from error
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
@@ -74,7 +79,10 @@ def run_onnxruntime(path: str | Path, inputs: np.ndarray, taps: Sequence[str] = 
         feed = session.get_inputs()[0].name
         results = [session.run(names, {feed: batch}) for batch in _batches(inputs, BATCH)]
     except Exception as error:
-        msg = f"{path}: ONNX Runtime cannot use it ({str(error)[:500]}). Export the model again."
+        msg = (
+            f"{path}: ONNX Runtime cannot use it ({str(error)[:500]}). Check that it is this network's file, or export "
+            "the model again."
+        )
         raise InputError(msg) from error
     return {name: np.concatenate([result[index] for result in results]) for index, name in enumerate([OUTPUT, *taps])}
 

@@ -30,6 +30,7 @@ from nncf_mpq_plugin.errors import InputError, VerificationError
 AGREEMENT = 1e-3  # outputs agree within this share of the outputs' standard deviation
 SHARE_TOLERANCE = 0.02  # (a): how far a runtime's share of agreeing samples may be below torch's own
 MEAN_TOLERANCE = 0.01  # (c): mean absolute difference as a share of the standard deviation
+ONE_SAMPLE = "OpenVINO IR, batch of 1"
 TRACED_SAMPLES = 16  # those that differ most, in which the first diverging layer is looked for
 
 
@@ -141,7 +142,7 @@ def verify(
     for name, (run, covered) in runners.items():
         required = covered and (target == "openvino" or name == "ONNX Runtime")
         output = run(inputs.numpy(), [])[OUTPUT]
-        if output.size != reference.size:
+        if output.size != reference.size or len(output) != len(inputs):
             msg = (
                 f"{path}: {name} returns {output.size} numbers for {len(inputs)} samples, the model {reference.size}. "
                 "Is the file another network's?"
@@ -151,7 +152,8 @@ def verify(
         found = _compare(name, output, reference, (noise, exact), required, certificate.complete)
         if required and found.failures:
             difference = np.nan_to_num(np.abs(output - reference), nan=np.inf).max(1)
-            worst = np.sort(np.argsort(-difference, kind="stable")[:TRACED_SAMPLES])
+            count = 1 if name == ONE_SAMPLE else TRACED_SAMPLES  # tensors inside need not have the batch first
+            worst = np.sort(np.argsort(-difference, kind="stable")[:count])
             found = replace(found, divergence=Trace(frozen, inputs[worst]).first_divergence(run))
         runtimes.append(found)
     return VerifyReport(len(inputs), noise, certificate, tuple(runtimes))
@@ -165,7 +167,7 @@ def _runners(path: Path) -> dict[str, tuple[Runner, bool]]:
         runners: dict[str, tuple[Runner, bool]] = {
             "OpenVINO IR": (lambda inputs, taps: run_openvino(path, inputs, taps), True),
             # where shapes are known, OpenVINO fuses other operations
-            "OpenVINO IR, batch of 1": (lambda inputs, taps: run_openvino(path, inputs, taps, batch_size=1), True),
+            ONE_SAMPLE: (lambda inputs, taps: run_openvino(path, inputs, taps, batch_size=1), True),
         }
         if (
             "ONEDNN_MAX_CPU_ISA" not in os.environ
