@@ -54,7 +54,7 @@ def run_openvino(
         for batch in _batches(inputs, BATCH if size.is_dynamic else size.get_length()):
             results = compiled({0: batch})
             for name, port in ports.items():
-                parts[name].append(np.atleast_1d(results[port]))
+                parts[name].append(np.array(results[port], ndmin=1))
     except RuntimeError as error:
         msg = (
             f"{path}: OpenVINO cannot use it ({str(error)[:500]}). Check that it is this network's file, or export the "
