@@ -99,6 +99,7 @@ def compile(path: str | Path, batch_size: int | None = None, **properties: Any) 
 
     :param path: ``.xml`` or ``.onnx``.
     :param batch_size: samples in a batch, if it is always the same, which OpenVINO has faster kernels for; None: any.
+        A file that has a size of its own keeps it.
     :param properties: further OpenVINO properties, e.g. ``INFERENCE_NUM_THREADS=2``.
     :return: ``openvino.CompiledModel``.
     """

@@ -141,14 +141,13 @@ def verify(
     runtimes = []
     for name, (run, covered) in runners.items():
         required = covered and (target == "openvino" or name == "ONNX Runtime")
-        output = run(inputs.numpy(), [])[OUTPUT]
-        if output.size != reference.size or len(output) != len(inputs):
+        output = _output(run(inputs.numpy(), [])[OUTPUT])
+        if output.shape != reference.shape:
             msg = (
                 f"{path}: {name} returns {output.size} numbers for {len(inputs)} samples, the model {reference.size}. "
                 "Is the file another network's?"
             )
             raise InputError(msg)
-        output = output.astype(np.float64).reshape(reference.shape)
         found = _compare(name, output, reference, (noise, exact), required, certificate.complete)
         if required and found.failures:
             difference = np.nan_to_num(np.abs(output - reference), nan=np.inf).max(1)
