@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -357,6 +359,28 @@ def test_batch_size_can_be_fixed(exported, file):
         compile_exactly(exported[2] / file, batch_size=0)
 
 
+SIGNALLED = """
+import os, signal, sys
+import numpy as np
+from nncf_mpq_plugin import deploy
+from nncf_mpq_plugin.deploy.runtimes import run_openvino
+caught = []
+signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+first, second = deploy.compile(sys.argv[1]), deploy.compile(sys.argv[1], batch_size=1)
+del first
+run_openvino(sys.argv[1], np.zeros((1, 3, 16, 16), np.float32))
+del second
+os.kill(os.getpid(), signal.SIGINT)
+assert caught
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenVINO sets a stack for signals on Linux only")
+def test_signals_survive_the_release_of_compiled_models_in_any_order(exported):
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, exported[2] / "model.xml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("channels", "problem"),
     [(3, "192 numbers for 64 samples, the model 640. Is the file another"), (2, "cannot use it")],
@@ -372,9 +396,9 @@ def test_a_file_of_another_network_is_refused(exported, tmp_path, channels, prob
 def test_the_ir_is_verified_free_and_for_one_sample(exported, monkeypatch):
     sizes = []
 
-    def spy(core, path, batch_size):
+    def spy(path, batch_size):
         sizes.append(batch_size)
-        return read_model(core, path, batch_size)
+        return read_model(path, batch_size)
 
     monkeypatch.setattr(runtimes, "read_model", spy)
     deploy.verify(exported[1], exported[2] / "model.xml", batches())

@@ -77,6 +77,13 @@ def test_a_token_repeated_by_values_keeps_the_bias_before_it() -> None:
     assert found == ["channels 1 and 15 are off by 0.00 and 0.00"] * 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenVINO sets a stack for signals on Linux only")
+def test_cores_released_in_the_order_of_their_making_make_a_signal_fatal() -> None:
+    lines = dict(line.split(": ") for line in output(ROOT / "benchmarks/upstream/signal_stack.py").splitlines())
+    assert lines["last made, first released"] == "goes on"
+    assert lines["first made, first released"].startswith("killed")
+
+
 def test_a_dynamic_batch_keeps_attention_with_as_many_tokens_as_heads() -> None:
     others, equal, dynamic = output(ROOT / "benchmarks/upstream/tokens_and_heads.py").splitlines()
     assert others.endswith(": 0% of the elements are off")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nncf_mpq_plugin.costs import FLOAT_BITS, INT8, LatencyTable
 from nncf_mpq_plugin.deploy.measurement import WEIGHTED_TYPES, floating_and_int8, layer_of, take_turns
-from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model
+from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model, shared_core
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.types import SUPPORTED_BITS
 
@@ -43,12 +43,12 @@ def measure_latency(
     :raises InputError: naming a layer that OpenVINO's profiler does not show.
     """
     sample = calibration[0][:1].cpu().float()
-    core = ov.Core()
+    core = shared_core()
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True, **EXACT}
     with tempfile.TemporaryDirectory() as folder:
         profilers = {}
         for name, path in floating_and_int8(floating, calibration, Path(folder)).items():
-            compiled = core.compile_model(read_model(core, path, 1), "CPU", options)
+            compiled = core.compile_model(read_model(path, 1), "CPU", options)
             profilers[name] = _Profiler(compiled, sample, layers)
         take_turns({name: profiler.run for name, profiler in profilers.items()}, seconds)
         float_times, int8_times = (profiler.nanoseconds() for profiler in profilers.values())

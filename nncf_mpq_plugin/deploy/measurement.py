@@ -33,7 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nncf_mpq_plugin.adapters.nncf3 import quantize_to_int8
 from nncf_mpq_plugin.deploy.footprint import Footprint, footprint
-from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model, save_ir
+from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model, save_ir, shared_core
 from nncf_mpq_plugin.errors import InputError
 
 FP32, INT8, NAIVE, MIXED = "FP32", "INT8", "naive", "mixed"
@@ -190,11 +190,10 @@ def measure(
     """
     mixed, onnx = _exported(directory)
     files = {**baselines, MIXED: mixed}
-    core = ov.Core()
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
 
     def compiled(path: Path, batch_size: int | None, properties: Mapping[str, Any]) -> ov.CompiledModel:
-        return core.compile_model(read_model(core, path, batch_size), "CPU", {**options, **properties})
+        return shared_core().compile_model(read_model(path, batch_size), "CPU", {**options, **properties})
 
     exact = {name: compiled(path, 1, EXACT) for name, path in files.items()}
     default = {name: compiled(path, 1, {}) for name, path in files.items()}
@@ -220,8 +219,8 @@ def measure(
     models.append(ModelFigures(ANY_BATCH, ir.file_bytes, ir.weight_bytes, latencies[ANY_BATCH], None, None, None, {}))
     size = onnx.stat().st_size
     models.append(ModelFigures(ONNX_RUNTIME, size, size, latencies[ONNX_RUNTIME], None, None, None, {}))
-    cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
-    capabilities = tuple(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    cpu = str(shared_core().get_property("CPU", "FULL_DEVICE_NAME")).strip()
+    capabilities = tuple(shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     return BenchmarkReport(cpu, capabilities, threads, tuple(sample.shape), dict(bits), tuple(models), left_out)
 
 

@@ -9,6 +9,7 @@ linear layers keep compressed in memory.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -91,19 +92,28 @@ def compile_exactly(path: str | Path, batch_size: int | None = None, **propertie
         msg = f"{path}: no such file. Run the export first."
         raise InputError(msg)
     try:
-        core = ov.Core()
-        return core.compile_model(read_model(core, path, batch_size), "CPU", {**EXACT, **properties})
+        return shared_core().compile_model(read_model(path, batch_size), "CPU", {**EXACT, **properties})
     except RuntimeError as error:
         msg = f"{path}: OpenVINO cannot compile it ({error})."
         raise InputError(msg) from error
 
 
-def read_model(core: ov.Core, path: str | Path, batch_size: int | None) -> ov.Model:
+@functools.cache
+def shared_core() -> ov.Core:
+    """
+    :return: the one Core of this process, which is never released. Releasing several in the order of their making
+        leaves a thread unmapped memory for its signals' stack: the next one, such as Ctrl-C, ends the process or
+        overwrites what lies there by then (docs/upstream.md).
+    """
+    return ov.Core()
+
+
+def read_model(path: str | Path, batch_size: int | None) -> ov.Model:
     """
     :param batch_size: to fix, where the file leaves it free; None leaves it free.
     :raises RuntimeError: OpenVINO's own, for what it cannot read.
     """
-    model = core.read_model(str(path))
+    model = shared_core().read_model(str(path))
     free = [port for port in model.inputs if port.partial_shape[0].is_dynamic]
     if batch_size is not None and free:
         model.reshape({port: [batch_size, *list(port.partial_shape)[1:]] for port in free})

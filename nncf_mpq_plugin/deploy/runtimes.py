@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import openvino as ov
 
-from nncf_mpq_plugin.deploy.openvino import EXACT, read_model
+from nncf_mpq_plugin.deploy.openvino import EXACT, read_model, shared_core
 from nncf_mpq_plugin.errors import InputError
 
 OUTPUT = "output"
@@ -40,14 +39,13 @@ def run_openvino(
     """
     _check(path)
     _check_weights(Path(path))
-    core = ov.Core()
     try:
-        model = read_model(core, path, batch_size)
+        model = read_model(path, batch_size)
         present = {name for op in model.get_ops() for port in op.outputs() for name in port.get_names()}
         taps = [name for name in taps if name in present]
         if taps:
             model.add_outputs(taps)
-        compiled = core.compile_model(model, "CPU", dict(properties))
+        compiled = shared_core().compile_model(model, "CPU", dict(properties))
         ports = {OUTPUT: compiled.output(0), **{name: compiled.output(name) for name in taps}}
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ports}
         size = compiled.input(0).partial_shape[0]
