@@ -355,8 +355,9 @@ def test_batch_size_can_be_fixed(exported, file):
     np.testing.assert_allclose(found, free(data.numpy())[0], atol=1e-5)
     with pytest.raises(RuntimeError):
         fixed(data.numpy())
-    with pytest.raises(InputError, match="batch_size is 0; it takes a number from 1 up"):
-        compile_exactly(exported[2] / file, batch_size=0)
+    for size in (0, 1.5):
+        with pytest.raises(InputError, match=f"batch_size is {size}; it takes a whole number from 1 up"):
+            compile_exactly(exported[2] / file, batch_size=size)
 
 
 SIGNALLED = """
@@ -405,12 +406,18 @@ def test_the_ir_is_verified_free_and_for_one_sample(exported, monkeypatch):
     assert sizes[:2] == [None, 1]  # then, unless the CPU is limited, with default properties
 
 
-def test_a_file_with_a_batch_size_of_its_own_is_verified_at_it(exported, tmp_path):
-    model = ov.Core().read_model(exported[2] / "model.xml")
-    model.reshape([16, 3, 16, 16])
-    ov.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
-    report = deploy.verify(exported[1], tmp_path / "model.xml", batches())
-    assert report.ok, report.to_json()
+@pytest.mark.parametrize("size", [16, 24], ids=["divides the samples", "leaves a rest"])
+def test_a_file_with_a_batch_size_of_its_own_is_verified_at_it(exported, tmp_path, size):
+    quantized, frozen, folder = exported
+    layer = LAYERS["Residual" if "block1.conv1" in quantized.sites else "Branches"][0]
+    damaged(folder, tmp_path, layer)
+    for source, ok in ((folder, True), (tmp_path, False)):
+        model = to_openvino(source / "model.onnx")
+        model.reshape([size, 3, 16, 16])
+        save_ir(model, tmp_path / "fixed.xml")
+        report = deploy.verify(frozen, tmp_path / "fixed.xml", batches())
+        assert report.ok == ok, report.to_json()
+        assert all(ok or layer in runtime.divergence.layers for runtime in report.runtimes if runtime.required)
 
 
 class SequenceFirst(torch.nn.Module):

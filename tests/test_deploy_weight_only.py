@@ -81,7 +81,7 @@ def test_the_ir_stores_each_weight_at_its_bits(exported):
     assert ideal <= (folder / "model.bin").stat().st_size <= ideal + 4 * 4 * channels + others + 2048
 
 
-@pytest.mark.parametrize(("bits", "kept"), [(2, "u2"), (3, "u4"), (4, "u4"), (5, "f32"), (6, "u8"), (8, "i8")])
+@pytest.mark.parametrize(("bits", "kept"), [(2, "i4"), (3, "i4"), (4, "i4"), (5, "i8"), (6, "i8"), (8, "i8")])
 def test_linear_layers_keep_their_weights_compressed(bits, kept, tmp_path):
     quantized = place(Attention, (bits,))
     quantized.select({layer.cost.name: LayerBits(bits, 32) for layer in quantized.searchable})

@@ -3,8 +3,8 @@ OpenVINO IR whose weights take exactly their bits on disk.
 
 The IR is the conversion of the ONNX file. Each int8 weight constant is then stored as ``u2``, ``u3``, ``u4`` or ``u6``
 (5 bits: a ``u4`` and a ``u1`` plane; 7 bits, and 8 in half range: ``u6`` and ``u1``), unpacked to int8 by constant
-folding when the model is compiled. Where the layer reads floating point, the integers reach it as u2, u4 or u8, which
-linear layers keep compressed in memory.
+folding when the model is compiled. Where the layer reads floating point, up to 4 bits reach it as i4, which
+linear layers keep compressed in memory as they do i8 (u2, u4 and u8 with a zero point took a third longer in bfloat16).
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def compile_exactly(path: str | Path, batch_size: int | None = None, **propertie
     :param batch_size: samples in a batch, if it is always the same, which OpenVINO has faster kernels for; None: any.
         A file that has a size of its own keeps it.
     :param properties: further properties, e.g. ``INFERENCE_NUM_THREADS=2``.
-    :raises InputError: if the file is missing or cannot be read, or for a batch size below 1.
+    :raises InputError: if the file is missing or cannot be read, or the batch size is no whole number from 1 up.
     """
-    if batch_size is not None and batch_size < 1:
-        msg = f"batch_size is {batch_size}; it takes a number from 1 up, or None for batches of any size."
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        msg = f"batch_size is {batch_size!r}; it takes a whole number from 1 up, or None for batches of any size."
         raise InputError(msg)
     if not Path(path).is_file():
         msg = f"{path}: no such file. Run the export first."
@@ -208,27 +208,24 @@ def _pack(constant: ov.Node, compressed: set[str]) -> None:
     floating = after.get_friendly_name() in compressed
     if bits > (6 if floating else 7):
         return
-    offset = 2 ** (bits - 1)
-    planes = _planes(integers + offset, bits, ("u4" if bits <= 4 else "u8") if floating else "f32")
-    weight = ops.subtract(ops.convert(planes, "f32"), ops.constant(np.float32(offset)))
-    replaced = convert if floating else constant
-    if not floating:
-        weight = ops.convert(weight, "i8")
-    for target in replaced.output(0).get_target_inputs():
+    if floating and bits == 4:
+        weight = ops.constant(integers.astype(np.int8), dtype=ov.Type.i4)
+    else:
+        offset = 2 ** (bits - 1)
+        centred = ops.subtract(_planes(integers + offset, bits), ops.constant(np.float32(offset)))
+        weight = ops.convert(centred, "i4" if floating and bits <= 4 else "i8")
+    for target in constant.output(0).get_target_inputs():
         target.replace_source_output(weight.output(0))
 
 
-def _planes(unsigned: np.ndarray, bits: int, kind: str) -> ov.Node:
-    """:return: constants at exactly ``bits`` and what puts them together in the type ``kind``."""
+def _planes(unsigned: np.ndarray, bits: int) -> ov.Node:
+    """:return: constants at exactly ``bits`` and what puts them together, in float32: it folds in the least memory."""
     value, shift = None, 0
     for plane_bits in _PLANES[bits]:
         plane = ((unsigned >> shift) & (2**plane_bits - 1)).astype(np.uint8)
-        part = ops.constant(plane, dtype=_TYPES[plane_bits])
-        if kind != "u4" or plane_bits not in (2, 4):  # linear layers take u2 and u4 as they are
-            part = ops.convert(part, kind)
+        part = ops.convert(ops.constant(plane, dtype=_TYPES[plane_bits]), "f32")
         if shift:
-            factor = ops.constant(np.array(2**shift, np.float32 if kind == "f32" else np.uint8))
-            part = ops.multiply(part, factor)
+            part = ops.multiply(part, ops.constant(np.float32(2**shift)))
         value = part if value is None else ops.add(value, part)
         shift += plane_bits
     return value

@@ -32,8 +32,8 @@ def run_openvino(
     :param inputs: ``[N, ...]`` float32.
     :param taps: names of tensors to return as well; those that the file does not have are left out.
     :param properties: compile-time properties.
-    :param batch_size: to compile the model for, a divisor of N; None leaves it free. A file that has a size of its own
-        keeps it.
+    :param batch_size: to compile the model for; None leaves it free. A file that has a size of its own keeps it. The
+        last sample is repeated where N is no multiple of it.
     :return: ``OUTPUT`` and taps -> ``[N, ...]``.
     :raises InputError: if the file is missing, or cannot be read, compiled or run on these inputs.
     """
@@ -49,7 +49,9 @@ def run_openvino(
         ports = {OUTPUT: compiled.output(0), **{name: compiled.output(name) for name in taps}}
         parts: dict[str, list[np.ndarray]] = {name: [] for name in ports}
         size = compiled.input(0).partial_shape[0]
-        for batch in _batches(inputs, BATCH if size.is_dynamic else size.get_length()):
+        length = BATCH if size.is_dynamic else size.get_length()
+        filled = 0 if size.is_dynamic else -len(inputs) % length
+        for batch in _batches(np.concatenate([inputs, np.repeat(inputs[-1:], filled, 0)]), length):
             results = compiled({0: batch})
             for name, port in ports.items():
                 parts[name].append(np.array(results[port], ndmin=1))
@@ -59,7 +61,8 @@ def run_openvino(
             "model again."
         )
         raise InputError(msg) from error
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return {name: array[: len(inputs)] for name, array in found.items()} if filled else found
 
 
 def run_onnxruntime(path: str | Path, inputs: np.ndarray, taps: Sequence[str] = ()) -> dict[str, np.ndarray]:
