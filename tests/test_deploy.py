@@ -25,9 +25,10 @@ from nncf_mpq_plugin import deploy  # noqa: E402
 from nncf_mpq_plugin.adapters.base import native_quantizers  # noqa: E402
 from nncf_mpq_plugin.adapters.ties import short  # noqa: E402
 from nncf_mpq_plugin.deploy import runtimes  # noqa: E402
+from nncf_mpq_plugin.deploy.compiling import compile_exactly, kernels, read_model  # noqa: E402
 from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
 from nncf_mpq_plugin.deploy.onnx import count_operators, to_standard_operators  # noqa: E402
-from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels, read_model, save_ir, to_openvino  # noqa: E402
+from nncf_mpq_plugin.deploy.openvino import save_ir, to_openvino  # noqa: E402
 from nncf_mpq_plugin.deploy.runtimes import run_openvino  # noqa: E402
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError, VerificationError  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
@@ -355,6 +356,7 @@ def test_batch_size_can_be_fixed(exported, file):
     np.testing.assert_allclose(found, free(data.numpy())[0], atol=1e-5)
     with pytest.raises(RuntimeError):
         fixed(data.numpy())
+    assert compile_exactly(exported[2] / file, batch_size=np.int64(2)).input(0).shape[0] == 2
     for size in (0, 1.5):
         with pytest.raises(InputError, match=f"batch_size is {size}; it takes a whole number from 1 up"):
             compile_exactly(exported[2] / file, batch_size=size)
@@ -432,16 +434,29 @@ class SequenceFirst(torch.nn.Module):
         return self.fc(x.mean(0))
 
 
-def test_a_divergence_is_found_where_the_batch_is_not_first(tmp_path):
+class Flattened(SequenceFirst):
+    """Its tensors have a sample's tokens in the first dimension."""
+
+    def forward(self, x):
+        x = self.second(self.first(x.reshape(-1, 16)).relu()).relu()
+        return self.fc(x.reshape(-1, 8, 32).mean(1))
+
+
+@pytest.mark.parametrize("size", [None, 8, 24], ids=["free", "as many as tokens", "leaves a rest"])
+@pytest.mark.parametrize(("network", "layer"), [(SequenceFirst, "fc"), (Flattened, "first")])
+def test_a_divergence_is_found_where_the_batch_is_not_first(network, layer, size, tmp_path):
     torch.manual_seed(0)
     data = [torch.randn(32, 8, 16) for _ in range(2)]
-    quantized = nncf3.place(SequenceFirst().eval(), data[0], data, bits=(2, 4))
+    quantized = nncf3.place(network().eval(), data[0], data, bits=(2, 4))
     frozen = nncf3.freeze(quantized)
     deploy.export(frozen, data[0], tmp_path)
-    negate_weights(tmp_path / "model.onnx", tmp_path / "model.onnx", "fc")
-    save_ir(to_openvino(tmp_path / "model.onnx"), tmp_path / "model.xml")
+    negate_weights(tmp_path / "model.onnx", tmp_path / "model.onnx", layer)
+    model = to_openvino(tmp_path / "model.onnx")
+    if size is not None:
+        model.reshape([size, 8, 16])
+    save_ir(model, tmp_path / "model.xml")
     report = deploy.verify(frozen, tmp_path / "model.xml", data)
-    assert [r.divergence.layers for r in report.runtimes if r.required] == [("fc",)] * 2
+    assert [r.divergence.layers for r in report.runtimes if r.required] == [(layer,)] * 2
 
 
 def damaged(folder, target, layer):

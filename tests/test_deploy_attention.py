@@ -16,7 +16,8 @@ from networks import Attention, prepared  # noqa: E402
 
 from nncf_mpq_plugin import deploy  # noqa: E402
 from nncf_mpq_plugin.deploy.attention import _scale_layer  # noqa: E402
-from nncf_mpq_plugin.deploy.openvino import EXACT, compile_exactly, save_ir, to_openvino  # noqa: E402
+from nncf_mpq_plugin.deploy.compiling import EXACT, compile_exactly  # noqa: E402
+from nncf_mpq_plugin.deploy.openvino import save_ir, to_openvino  # noqa: E402
 from nncf_mpq_plugin.finetune import reduce_to_policy  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits, Policy  # noqa: E402
 

@@ -18,9 +18,9 @@ from networks import Attention, Branches, Dense, Inverted, Merged, Residual, Squ
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
 from nncf_mpq_plugin import deploy  # noqa: E402
+from nncf_mpq_plugin.deploy.compiling import compile_exactly  # noqa: E402
 from nncf_mpq_plugin.deploy.divergence import Trace  # noqa: E402
 from nncf_mpq_plugin.deploy.measurement import layer_kernels  # noqa: E402
-from nncf_mpq_plugin.deploy.openvino import compile_exactly  # noqa: E402
 from nncf_mpq_plugin.deploy.runtimes import OUTPUT, run_onnxruntime, run_openvino  # noqa: E402
 from nncf_mpq_plugin.finetune import FinetuneConfig, finetune  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits, Policy  # noqa: E402

@@ -11,7 +11,7 @@ from networks import Attention, Branches, Residual, prepared
 nncf3 = pytest.importorskip("nncf_mpq_plugin.adapters.nncf3", reason="needs NNCF 3")
 
 from nncf_mpq_plugin import deploy  # noqa: E402
-from nncf_mpq_plugin.deploy.openvino import compile_exactly, kernels  # noqa: E402
+from nncf_mpq_plugin.deploy.compiling import compile_exactly, kernels  # noqa: E402
 from nncf_mpq_plugin.types import LayerBits  # noqa: E402
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -81,7 +81,9 @@ def test_the_ir_stores_each_weight_at_its_bits(exported):
     assert ideal <= (folder / "model.bin").stat().st_size <= ideal + 4 * 4 * channels + others + 2048
 
 
-@pytest.mark.parametrize(("bits", "kept"), [(2, "i4"), (3, "i4"), (4, "i4"), (5, "i8"), (6, "i8"), (8, "i8")])
+@pytest.mark.parametrize(
+    ("bits", "kept"), [(2, "i4"), (3, "i4"), (4, "i4"), (5, "i8"), (6, "i8"), (7, "i8"), (8, "i8")]
+)
 def test_linear_layers_keep_their_weights_compressed(bits, kept, tmp_path):
     quantized = place(Attention, (bits,))
     quantized.select({layer.cost.name: LayerBits(bits, 32) for layer in quantized.searchable})

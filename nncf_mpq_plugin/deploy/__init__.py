@@ -103,6 +103,6 @@ def compile(path: str | Path, batch_size: int | None = None, **properties: Any) 
     :param properties: further OpenVINO properties, e.g. ``INFERENCE_NUM_THREADS=2``.
     :return: ``openvino.CompiledModel``.
     """
-    from nncf_mpq_plugin.deploy.openvino import compile_exactly
+    from nncf_mpq_plugin.deploy.compiling import compile_exactly
 
     return compile_exactly(path, batch_size, **properties)

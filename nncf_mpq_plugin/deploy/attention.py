@@ -14,6 +14,8 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
+from nncf_mpq_plugin.deploy.compiling import EXACT, shared_core
+
 _MOVES = {"Gather", "Multiply", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "VariadicSplit"}
 _BATCHES = (3, 5)  # that are tried: what depends on the batch or on its values in another way differs
 _QUERY, _KEY, _VALUE, _SCALE = 0, 1, 2, 4
@@ -106,7 +108,7 @@ def _probed_scale(attention: ov.Node, split: Sequence[int], axes: Sequence[int],
         target.replace_source_output(parameter.output(0))
     results = [ops.result(attention.input_value(port)) for port in (_QUERY, _KEY, _VALUE, _SCALE)]
     try:
-        compiled = ov.compile_model(ov.Model(results, [parameter]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = shared_core().compile_model(ov.Model(results, [parameter]), "CPU", EXACT)
     except RuntimeError:  # they depend on something else as well
         return math.nan
     query, *others, scale = (np.array(value) for value in compiled([probe]).values())

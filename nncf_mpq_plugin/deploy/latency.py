@@ -17,8 +17,8 @@ import openvino as ov
 from torch import Tensor, nn
 
 from nncf_mpq_plugin.costs import FLOAT_BITS, INT8, LatencyTable
+from nncf_mpq_plugin.deploy.compiling import EXACT, kernels, read_model, shared_core
 from nncf_mpq_plugin.deploy.measurement import WEIGHTED_TYPES, floating_and_int8, layer_of, take_turns
-from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model, shared_core
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.types import SUPPORTED_BITS
 

@@ -32,8 +32,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nncf_mpq_plugin.adapters.nncf3 import quantize_to_int8
+from nncf_mpq_plugin.deploy.compiling import EXACT, kernels, read_model, shared_core
 from nncf_mpq_plugin.deploy.footprint import Footprint, footprint
-from nncf_mpq_plugin.deploy.openvino import EXACT, kernels, read_model, save_ir, shared_core
+from nncf_mpq_plugin.deploy.openvino import save_ir
 from nncf_mpq_plugin.errors import InputError
 
 FP32, INT8, NAIVE, MIXED = "FP32", "INT8", "naive", "mixed"

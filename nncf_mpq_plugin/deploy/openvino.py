@@ -3,13 +3,13 @@ OpenVINO IR whose weights take exactly their bits on disk.
 
 The IR is the conversion of the ONNX file. Each int8 weight constant is then stored as ``u2``, ``u3``, ``u4`` or ``u6``
 (5 bits: a ``u4`` and a ``u1`` plane; 7 bits, and 8 in half range: ``u6`` and ``u1``), unpacked to int8 by constant
-folding when the model is compiled. Where the layer reads floating point, up to 4 bits reach it as i4, which
-linear layers keep compressed in memory as they do i8 (u2, u4 and u8 with a zero point took a third longer in bfloat16).
+folding when the model is compiled. Where a layer reads floating point, its weights are unpacked to i4 (up to 4 bits; 4
+are stored so) or i8, which linear layers keep compressed in memory. With a zero point (u2, u4) they would take a third
+longer in bfloat16.
 """
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -26,12 +26,6 @@ from nncf_mpq_plugin.deploy.attention import simplify_attention
 from nncf_mpq_plugin.deploy.onnx import TRANSPARENT, weights_of_float_layers
 from nncf_mpq_plugin.errors import InputError
 from nncf_mpq_plugin.files import written_atomically
-
-EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-"""
-Compile-time properties for exact results: new CPUs would run what is not INT8 in bfloat16, and linear layers with
-compressed weights would round their activations to 8 bits.
-"""
 
 _PLANES = {1: (1,), 2: (2,), 3: (3,), 4: (4,), 5: (4, 1), 6: (6,), 7: (6, 1)}
 _TYPES = {1: ov.Type.u1, 2: ov.Type.u2, 3: ov.Type.u3, 4: ov.Type.u4, 6: ov.Type.u6}
@@ -73,67 +67,6 @@ def save_ir(model: ov.Model, path: str | Path) -> None:
     """
     with written_atomically(path) as temporary, written_atomically(Path(path).with_suffix(".bin")):
         ov.save_model(model, str(temporary), compress_to_fp16=False)
-
-
-def compile_exactly(path: str | Path, batch_size: int | None = None, **properties: Any) -> ov.CompiledModel:
-    """
-    Compile an exported model for the CPU with the properties that keep its results exact.
-
-    :param path: ``.xml`` or ``.onnx``.
-    :param batch_size: samples in a batch, if it is always the same, which OpenVINO has faster kernels for; None: any.
-        A file that has a size of its own keeps it.
-    :param properties: further properties, e.g. ``INFERENCE_NUM_THREADS=2``.
-    :raises InputError: if the file is missing or cannot be read, or the batch size is no whole number from 1 up.
-    """
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        msg = f"batch_size is {batch_size!r}; it takes a whole number from 1 up, or None for batches of any size."
-        raise InputError(msg)
-    if not Path(path).is_file():
-        msg = f"{path}: no such file. Run the export first."
-        raise InputError(msg)
-    try:
-        return shared_core().compile_model(read_model(path, batch_size), "CPU", {**EXACT, **properties})
-    except RuntimeError as error:
-        msg = f"{path}: OpenVINO cannot compile it ({error})."
-        raise InputError(msg) from error
-
-
-@functools.cache
-def shared_core() -> ov.Core:
-    """
-    :return: the one Core of this process, which is never released. Releasing several in the order of their making
-        leaves a thread unmapped memory for its signals' stack: the next one, such as Ctrl-C, ends the process or
-        overwrites what lies there by then (docs/upstream.md).
-    """
-    return ov.Core()
-
-
-def read_model(path: str | Path, batch_size: int | None) -> ov.Model:
-    """
-    :param batch_size: to fix, where the file leaves it free; None leaves it free.
-    :raises RuntimeError: OpenVINO's own, for what it cannot read.
-    """
-    model = shared_core().read_model(str(path))
-    free = [port for port in model.inputs if port.partial_shape[0].is_dynamic]
-    if batch_size is not None and free:
-        model.reshape({port: [batch_size, *list(port.partial_shape)[1:]] for port in free})
-    return model
-
-
-def kernels(compiled: ov.CompiledModel) -> list[dict[str, str]]:
-    """:return: for each executed node its name, type, precision, kernel and the names of the model's nodes in it."""
-    keys = {
-        "type": "layerType",
-        "precision": "runtimePrecision",
-        "kernel": "primitiveType",
-        "originals": "originalLayersNames",
-    }
-    result = []
-    for op in compiled.get_runtime_model().get_ops():
-        info = op.get_rt_info()
-        values = {key: str(info[name].astype(str)) for key, name in keys.items() if name in info}
-        result.append({"name": op.get_friendly_name(), **values})
-    return result
 
 
 def _clip_before_rounding(model: onnx.ModelProto) -> None:
@@ -206,7 +139,7 @@ def _pack(constant: ov.Node, compressed: set[str]) -> None:
     integers = constant.data.astype(np.int16)
     bits = max(_bits_for(int(integers.min()), int(integers.max())), 1)
     floating = after.get_friendly_name() in compressed
-    if bits > (6 if floating else 7):
+    if bits > 7:
         return
     if floating and bits == 4:
         weight = ops.constant(integers.astype(np.int8), dtype=ov.Type.i4)

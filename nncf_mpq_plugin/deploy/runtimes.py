@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from nncf_mpq_plugin.deploy.openvino import EXACT, read_model, shared_core
+from nncf_mpq_plugin.deploy.compiling import EXACT, read_model, shared_core
 from nncf_mpq_plugin.errors import InputError
 
 OUTPUT = "output"
@@ -62,7 +62,7 @@ def run_openvino(
         )
         raise InputError(msg) from error
     found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return {name: array[: len(inputs)] for name, array in found.items()} if filled else found
+    return {name: array[: len(array) * len(inputs) // (len(inputs) + filled)] for name, array in found.items()}
 
 
 def run_onnxruntime(path: str | Path, inputs: np.ndarray, taps: Sequence[str] = ()) -> dict[str, np.ndarray]:

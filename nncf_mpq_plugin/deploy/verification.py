@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nncf_mpq_plugin.deploy.compiling import own_batch_size
 from nncf_mpq_plugin.deploy.divergence import Divergence, Runner, Trace
 from nncf_mpq_plugin.deploy.graph import marked_graph
 from nncf_mpq_plugin.deploy.margins import Certificate, certify
@@ -139,9 +140,9 @@ def verify(
     noise = _compare("torch float64", exact, reference, None, required=False)
     certificate = certify(to_standard_operators(marked_graph(frozen, inputs[:1])))
     runtimes = []
-    for name, (run, covered) in runners.items():
-        required = covered and (target == "openvino" or name == "ONNX Runtime")
-        output = _output(run(inputs.numpy(), [])[OUTPUT])
+    for name, runner in runners.items():
+        required = runner.covered and (target == "openvino" or name == "ONNX Runtime")
+        output = _output(runner.run(inputs.numpy(), [])[OUTPUT])
         if output.shape != reference.shape:
             msg = (
                 f"{path}: {name} returns {output.size} numbers for {len(inputs)} samples, the model {reference.size}. "
@@ -151,33 +152,51 @@ def verify(
         found = _compare(name, output, reference, (noise, exact), required, certificate.complete)
         if required and found.failures:
             difference = np.nan_to_num(np.abs(output - reference), nan=np.inf).max(1)
-            count = 1 if name == ONE_SAMPLE else TRACED_SAMPLES  # tensors inside need not have the batch first
-            worst = np.sort(np.argsort(-difference, kind="stable")[:count])
-            found = replace(found, divergence=Trace(frozen, inputs[worst]).first_divergence(run))
+            # one whole batch where its size is fixed: tensors inside need not have the batch first
+            count = own_batch_size(runner.path) or runner.batch_size or min(TRACED_SAMPLES, len(inputs))
+            worst = np.sort(np.resize(np.argsort(-difference, kind="stable"), count))
+            found = replace(found, divergence=Trace(frozen, inputs[worst]).first_divergence(runner.run))
         runtimes.append(found)
     return VerifyReport(len(inputs), noise, certificate, tuple(runtimes))
 
 
-def _runners(path: Path) -> dict[str, tuple[Runner, bool]]:
-    """:return: name -> how to run a file, and whether the contract covers it."""
+@dataclass(frozen=True)
+class _Runner:
+    """
+    How to run a file.
+
+    :param covered: by the contract.
+    :param batch_size: that the file is compiled for, if it has none of its own; None: any.
+    """
+
+    path: Path
+    run: Runner
+    covered: bool = True
+    batch_size: int | None = None
+
+
+def _runners(path: Path) -> dict[str, _Runner]:
+    """:return: by name."""
     if path.is_dir():
         return {**_runners(path / "model.xml"), **_runners(path / "model.onnx")}
     if path.suffix == ".xml":
-        runners: dict[str, tuple[Runner, bool]] = {
-            "OpenVINO IR": (lambda inputs, taps: run_openvino(path, inputs, taps), True),
+        runners = {
+            "OpenVINO IR": _Runner(path, lambda inputs, taps: run_openvino(path, inputs, taps)),
             # where shapes are known, OpenVINO fuses other operations
-            ONE_SAMPLE: (lambda inputs, taps: run_openvino(path, inputs, taps, batch_size=1), True),
+            ONE_SAMPLE: _Runner(
+                path, lambda inputs, taps: run_openvino(path, inputs, taps, batch_size=1), batch_size=1
+            ),
         }
         if (
             "ONEDNN_MAX_CPU_ISA" not in os.environ
         ):  # below the CPU's own, OpenVINO chooses bf16 all the same and crashes
             name = "OpenVINO IR, default properties"
-            runners[name] = (lambda inputs, taps: run_openvino(path, inputs, taps, {}), False)
+            runners[name] = _Runner(path, lambda inputs, taps: run_openvino(path, inputs, taps, {}), covered=False)
         return runners
     if path.suffix == ".onnx":
         return {
-            "OpenVINO ONNX": (lambda inputs, taps: run_openvino(path, inputs, taps), True),
-            "ONNX Runtime": (lambda inputs, taps: run_onnxruntime(path, inputs, taps), True),
+            "OpenVINO ONNX": _Runner(path, lambda inputs, taps: run_openvino(path, inputs, taps)),
+            "ONNX Runtime": _Runner(path, lambda inputs, taps: run_onnxruntime(path, inputs, taps)),
         }
     msg = f"{path}: an exported model ends in .xml (with its .bin beside it) or .onnx."
     raise InputError(msg)

@@ -20,7 +20,7 @@ from nncf_mpq_plugin import deploy
 from nncf_mpq_plugin.adapters import nncf2
 from nncf_mpq_plugin.adapters.base import native_quantizers
 from nncf_mpq_plugin.adapters.nncf2_placement import LimitedQuantizer
-from nncf_mpq_plugin.deploy.openvino import kernels
+from nncf_mpq_plugin.deploy.compiling import kernels
 from nncf_mpq_plugin.errors import InputError, UnsupportedModelError
 
 pytestmark = pytest.mark.usefixtures("registered")
