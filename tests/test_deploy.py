@@ -422,6 +422,19 @@ def test_a_file_with_a_batch_size_of_its_own_is_verified_at_it(exported, tmp_pat
         assert all(ok or layer in runtime.divergence.layers for runtime in report.runtimes if runtime.required)
 
 
+@pytest.mark.parametrize("samples", [0, 2, 3, 5], ids=str)
+@pytest.mark.parametrize("size", [-1, 3], ids=["free", "fixed"])
+def test_samples_of_a_filled_batch_are_left_out(tmp_path, size, samples):
+    data = ops.parameter([size, 2, 4], np.float32)
+    ov.save_model(ov.Model([ops.reshape(data, np.array([-1, 4]), False)], [data]), tmp_path / "model.xml")
+    inputs = np.arange(samples * 8, dtype=np.float32).reshape(-1, 2, 4)
+    if size > 0 and not samples:
+        with pytest.raises(InputError, match="cannot use it"):
+            run_openvino(tmp_path / "model.xml", inputs)
+    else:
+        np.testing.assert_array_equal(run_openvino(tmp_path / "model.xml", inputs)["output"], inputs.reshape(-1, 4))
+
+
 class SequenceFirst(torch.nn.Module):
     """Its tensors have the batch second."""
 

@@ -62,6 +62,8 @@ def run_openvino(
         )
         raise InputError(msg) from error
     found = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    if not filled:
+        return found
     return {name: array[: len(array) * len(inputs) // (len(inputs) + filled)] for name, array in found.items()}
 
 
