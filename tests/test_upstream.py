@@ -58,6 +58,11 @@ def test_f32_compiles_under_a_limited_instruction_set() -> None:
     assert [line for line in lines if ", f32:" in line] == ["convolution, f32: compiles", "softmax, f32: compiles"]
 
 
+def test_layer_norm_runs_without_a_limited_instruction_set() -> None:
+    lines = output(ROOT / "benchmarks/upstream/limited_isa_layer_norm.py", ONEDNN_MAX_CPU_ISA="").splitlines()
+    assert lines == ["12 values: runs", "16 values: runs"]
+
+
 def test_int4_weights_behind_a_cast_keep_integer_kernels() -> None:
     lines = dict(line.split(": ") for line in output(ROOT / "benchmarks/upstream/int4_weights.py").splitlines())
     assert "ONNX Runtime QLinearConv" in lines["int4 and Cast"]
