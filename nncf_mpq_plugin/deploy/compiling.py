@@ -31,14 +31,19 @@ def compile_exactly(path: str | Path, batch_size: int | None = None, **propertie
     if batch_size is not None and (not isinstance(batch_size, numbers.Integral) or batch_size < 1):
         msg = f"batch_size is {batch_size!r}; it takes a whole number from 1 up, or None for batches of any size."
         raise InputError(msg)
-    if not Path(path).is_file():
-        msg = f"{path}: no such file. Run the export first."
-        raise InputError(msg)
+    check_file(path)
     try:
         return shared_core().compile_model(read_model(path, batch_size), "CPU", {**EXACT, **properties})
     except RuntimeError as error:
         msg = f"{path}: OpenVINO cannot compile it ({error})."
         raise InputError(msg) from error
+
+
+def check_file(path: str | Path) -> None:
+    """:raises InputError: if there is no such file."""
+    if not Path(path).is_file():
+        msg = f"{path}: no such file. Run the export first."
+        raise InputError(msg)
 
 
 @functools.cache

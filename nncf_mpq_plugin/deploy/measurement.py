@@ -32,10 +32,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nncf_mpq_plugin.adapters.nncf3 import quantize_to_int8
-from nncf_mpq_plugin.deploy.compiling import EXACT, kernels, read_model, shared_core
+from nncf_mpq_plugin.deploy.compiling import EXACT, check_file, kernels, read_model, shared_core
 from nncf_mpq_plugin.deploy.footprint import Footprint, footprint
 from nncf_mpq_plugin.deploy.openvino import save_ir
-from nncf_mpq_plugin.errors import InputError
 
 FP32, INT8, NAIVE, MIXED = "FP32", "INT8", "naive", "mixed"
 ANY_BATCH, ONNX_RUNTIME = "mixed (any batch)", "mixed (ORT)"
@@ -276,9 +275,7 @@ def take_turns(runners: Mapping[str, Callable[[], Any]], seconds: float) -> dict
 def _exported(directory: str | Path) -> tuple[Path, Path]:
     paths = Path(directory) / "model.xml", Path(directory) / "model.onnx"
     for path in paths:
-        if not path.is_file():
-            msg = f"{path}: no such file. Run the export first."
-            raise InputError(msg)
+        check_file(path)
     return paths
 
 

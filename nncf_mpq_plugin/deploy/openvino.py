@@ -138,10 +138,10 @@ def _pack(constant: ov.Node, compressed: set[str]) -> None:
         return
     integers = constant.data.astype(np.int16)
     bits = max(_bits_for(int(integers.min()), int(integers.max())), 1)
-    floating = after.get_friendly_name() in compressed
     if bits > 7:
         return
-    if floating and bits == 4:
+    floating = after.get_friendly_name() in compressed
+    if floating and bits == 4:  # there is nothing to unpack
         weight = ops.constant(integers.astype(np.int8), dtype=ov.Type.i4)
     else:
         offset = 2 ** (bits - 1)

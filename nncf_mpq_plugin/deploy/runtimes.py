@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from nncf_mpq_plugin.deploy.compiling import EXACT, read_model, shared_core
+from nncf_mpq_plugin.deploy.compiling import EXACT, check_file, read_model, shared_core
 from nncf_mpq_plugin.errors import InputError
 
 OUTPUT = "output"
@@ -37,7 +37,7 @@ def run_openvino(
     :return: ``OUTPUT`` and taps -> ``[N, ...]``.
     :raises InputError: if the file is missing, or cannot be read, compiled or run on these inputs.
     """
-    _check(path)
+    check_file(path)
     _check_weights(Path(path))
     try:
         model = read_model(path, batch_size)
@@ -69,7 +69,7 @@ def run_openvino(
 
 def run_onnxruntime(path: str | Path, inputs: np.ndarray, taps: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """As :func:`run_openvino`, for ``.onnx`` in ONNX Runtime's CPU provider."""
-    _check(path)
+    check_file(path)
     try:
         model = onnx.load(path)
         present = {name for node in model.graph.node for name in node.output}
@@ -99,17 +99,11 @@ def _check_weights(path: Path) -> None:
     if path.suffix != ".xml":
         return
     weights = path.with_suffix(".bin")
-    _check(weights)
+    check_file(weights)
     ends = (
         int(start) + int(size) for start, size in _CONSTANT.findall(path.read_text(encoding="utf-8", errors="replace"))
     )
     needed, found = max(ends, default=0), weights.stat().st_size
     if found < needed:
         msg = f"{weights}: has {found} bytes of the {needed} that {path.name} refers to. Export the model again."
-        raise InputError(msg)
-
-
-def _check(path: str | Path) -> None:
-    if not Path(path).is_file():
-        msg = f"{path}: no such file. Run the export first."
         raise InputError(msg)

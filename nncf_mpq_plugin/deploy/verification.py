@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nncf_mpq_plugin.deploy.compiling import own_batch_size
-from nncf_mpq_plugin.deploy.divergence import Divergence, Runner, Trace
+from nncf_mpq_plugin.deploy.divergence import Divergence, Trace
 from nncf_mpq_plugin.deploy.graph import marked_graph
 from nncf_mpq_plugin.deploy.margins import Certificate, certify
 from nncf_mpq_plugin.deploy.onnx import to_standard_operators
@@ -142,7 +142,7 @@ def verify(
     runtimes = []
     for name, runner in runners.items():
         required = runner.covered and (target == "openvino" or name == "ONNX Runtime")
-        output = _output(runner.run(inputs.numpy(), [])[OUTPUT])
+        output = _output(runner(inputs.numpy(), [])[OUTPUT])
         if output.shape != reference.shape:
             msg = (
                 f"{path}: {name} returns {output.size} numbers for {len(inputs)} samples, the model {reference.size}. "
@@ -153,9 +153,10 @@ def verify(
         if required and found.failures:
             difference = np.nan_to_num(np.abs(output - reference), nan=np.inf).max(1)
             # one whole batch where its size is fixed: tensors inside need not have the batch first
-            count = own_batch_size(runner.path) or runner.batch_size or min(TRACED_SAMPLES, len(inputs))
+            known = own_batch_size(runner.path) or runner.options.get("batch_size")
+            count = known or min(TRACED_SAMPLES, len(inputs))
             worst = np.sort(np.resize(np.argsort(-difference, kind="stable"), count))
-            found = replace(found, divergence=Trace(frozen, inputs[worst]).first_divergence(runner.run))
+            found = replace(found, divergence=Trace(frozen, inputs[worst]).first_divergence(runner))
         runtimes.append(found)
     return VerifyReport(len(inputs), noise, certificate, tuple(runtimes))
 
@@ -163,16 +164,20 @@ def verify(
 @dataclass(frozen=True)
 class _Runner:
     """
-    How to run a file.
+    A file in a runtime.
 
+    :param function: of :mod:`~nncf_mpq_plugin.deploy.runtimes`.
+    :param options: of ``function``.
     :param covered: by the contract.
-    :param batch_size: that the file is compiled for, if it has none of its own; None: any.
     """
 
     path: Path
-    run: Runner
+    function: Callable[..., Mapping[str, np.ndarray]]
+    options: Mapping[str, Any] = field(default_factory=dict)
     covered: bool = True
-    batch_size: int | None = None
+
+    def __call__(self, inputs: np.ndarray, taps: Sequence[str]) -> Mapping[str, np.ndarray]:
+        return self.function(self.path, inputs, taps, **self.options)
 
 
 def _runners(path: Path) -> dict[str, _Runner]:
@@ -181,23 +186,18 @@ def _runners(path: Path) -> dict[str, _Runner]:
         return {**_runners(path / "model.xml"), **_runners(path / "model.onnx")}
     if path.suffix == ".xml":
         runners = {
-            "OpenVINO IR": _Runner(path, lambda inputs, taps: run_openvino(path, inputs, taps)),
+            "OpenVINO IR": _Runner(path, run_openvino),
             # where shapes are known, OpenVINO fuses other operations
-            ONE_SAMPLE: _Runner(
-                path, lambda inputs, taps: run_openvino(path, inputs, taps, batch_size=1), batch_size=1
-            ),
+            ONE_SAMPLE: _Runner(path, run_openvino, {"batch_size": 1}),
         }
         if (
             "ONEDNN_MAX_CPU_ISA" not in os.environ
         ):  # below the CPU's own, OpenVINO chooses bf16 all the same and crashes
             name = "OpenVINO IR, default properties"
-            runners[name] = _Runner(path, lambda inputs, taps: run_openvino(path, inputs, taps, {}), covered=False)
+            runners[name] = _Runner(path, run_openvino, {"properties": {}}, covered=False)
         return runners
     if path.suffix == ".onnx":
-        return {
-            "OpenVINO ONNX": _Runner(path, lambda inputs, taps: run_openvino(path, inputs, taps)),
-            "ONNX Runtime": _Runner(path, lambda inputs, taps: run_onnxruntime(path, inputs, taps)),
-        }
+        return {"OpenVINO ONNX": _Runner(path, run_openvino), "ONNX Runtime": _Runner(path, run_onnxruntime)}
     msg = f"{path}: an exported model ends in .xml (with its .bin beside it) or .onnx."
     raise InputError(msg)
 
